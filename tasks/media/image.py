@@ -1,0 +1,389 @@
+"""Resize, convert and make renditions of images: paths and options in, files and a small dict out.
+
+Each function checks everything that can be checked before a pixel is decoded, decodes once in one streaming pass, and
+writes its outputs atomically. Running one twice writes the same bytes again.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import LimitExceeded, UnsupportedMedia
+from tasks.media.colour import colour_space, is_srgb
+from tasks.media.decode import corrupt, engine, open_image, pillow_plugin
+from tasks.media.encode import encode
+from tasks.media.formats import FORMATS, READ_ONLY, Format
+from tasks.media.geometry import Layout, layout
+from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions, parse_colour
+from tasks.media.output import Staged, atomic_outputs, raise_for_write_error
+from tasks.media.sniff import Input, Limits, check_output, open_input
+
+Progress = Callable[[float], None]
+Confirm = Callable[[], None]
+
+
+def resize(
+    input: str,  # noqa: A002 - the public name of the argument
+    output: str,
+    options: ResizeOptions,
+    *,
+    limits: Limits,
+    progress: Progress | None = None,
+    confirm: Confirm | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Write `input`, fitted into the options' box, to `output`: upright, in sRGB, 8 bits a sample, without metadata.
+
+    Animations stay animated where the output's format can hold them. `progress` is told percents, `confirm` is called
+    before the output appears, `token` names the temp file (see `atomic_outputs`).
+
+    Returns:
+        output, format, width, height (px), size_bytes, and frames of an animation.
+
+    Raises:
+        PermanentError: one of its kinds; bad input or arguments.
+        DiskFull: no space left; transient.
+    """
+    target = options.format_for(output)
+    with open_input(input, limits) as source:
+        check_output(output, source, limits)
+        image = _open_for(source, limits, target)
+        plan = layout(*upright_size(image), options)
+        _check_target(output, target, plan, _frames(image), limits)
+        image = _shrunk_on_load(source, image, plan, limits)
+        with atomic_outputs([output], token=token, confirm=confirm) as (staged,), _decoding(source):
+            image = _fitted(image, plan, target, options.background)
+            with _told(image, progress):
+                result = _write(image, staged, source, target, quality=options.quality)
+    return result
+
+
+def convert(
+    input: str,  # noqa: A002 - the public name of the argument
+    output: str,
+    options: ConversionOptions,
+    *,
+    limits: Limits,
+    progress: Progress | None = None,
+    confirm: Confirm | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Write `input` to `output` in another format, at its own size: upright and in sRGB.
+
+    16-bit samples, alpha and frames stay where the target can hold them. Arguments, result and errors as for `resize`.
+    """
+    target = options.format_for(output)
+    with open_input(input, limits) as source:
+        check_output(output, source, limits)
+        image = _open_for(source, limits, target)
+        width, height = upright_size(image)
+        _check_target(output, target, Layout(width, height, width, height), _frames(image), limits)
+        with atomic_outputs([output], token=token, confirm=confirm) as (staged,), _decoding(source):
+            image = _flattened(_in_srgb(_upright(image), target), target, options.background)
+            keep = "none" if options.strip_metadata else "all"
+            with _told(image, progress):
+                result = _write(
+                    image, staged, source, target, quality=options.quality, lossless=options.lossless, keep=keep
+                )
+    return result
+
+
+def renditions(
+    input: str,  # noqa: A002 - the public name of the argument
+    output_dir: str,
+    options: RenditionsOptions,
+    *,
+    limits: Limits,
+    progress: Progress | None = None,
+    confirm: Confirm | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Write every size in every format to `output_dir/{stem}-{size}.{suffix}`, from one decode; all of them or none.
+
+    The input is decoded to the largest size, from which the others are made. Returns {"outputs": [...]}, each as
+    `resize` returns it; errors as for `resize`.
+    """
+    targets = [FORMATS[name] for name in options.formats]
+    wanted = [(size, target) for size in options.sizes for target in targets]
+    paths = [str(Path(output_dir) / f"{Path(input).stem}-{size}.{target.suffixes[0]}") for size, target in wanted]
+    with open_input(input, limits) as source:
+        for path in paths:
+            check_output(path, source, limits)
+        image = _open_for(source, limits, *targets)
+        plans = {size: layout(*upright_size(image), options.resize_options(size)) for size in options.sizes}
+        for path, (size, target) in zip(paths, wanted, strict=True):
+            _check_target(path, target, plans[size], _frames(image), limits)
+        with atomic_outputs(paths, token=token, confirm=confirm) as outputs, _decoding(source):
+            largest = max(plans.values(), key=lambda plan: plan.width_px)
+            image = _shrunk_on_load(source, image, largest, limits)
+            decoded = _each_frame(image, lambda frame: _scaled(frame, largest)).copy_memory()
+            results = []
+            for staged, (size, target) in zip(outputs, wanted, strict=True):
+                rendition = _fitted(_first_frame_unless(decoded, target), plans[size], target, options.background)
+                results.append(_write(rendition, staged, source, target, quality=options.quality))
+                if progress is not None:
+                    progress(100.0 * len(results) / len(wanted))
+    return {"outputs": results}
+
+
+def available_formats() -> dict[str, list[str]]:
+    """The formats that this installation reads and writes."""
+    vips = engine()
+    extra = {name for name in ("heic", "jxl", "bmp", "jp2") if not _has_plugin(name)}
+    if not vips.type_find("VipsOperation", "heifsave_target"):
+        extra.add("avif")
+    written = [name for name in FORMATS if name not in extra]
+    return {"read": written + [name for name in READ_ONLY if name not in extra], "write": written}
+
+
+def upright_size(image: Any) -> tuple[int, int]:
+    """Width and height in px of one frame, as it will be seen: EXIF orientations 5 to 8 lie on their side."""
+    width, height = image.width, image.get_page_height()
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _open_for(source: Input, limits: Limits, *targets: Format) -> Any:
+    return open_image(source, limits, all_frames=any(target.has_frames for target in targets))
+
+
+def _check_target(output: str, target: Format, plan: Layout, frames: int, limits: Limits) -> None:
+    """Refuse an output larger than its format or the limits allow."""
+    longest = max(plan.width_px, plan.height_px)
+    if longest > target.max_side_px:
+        raise LimitExceeded(
+            f"{output} would be {plan.width_px:,} x {plan.height_px:,} px; {target.name} holds at most "
+            f"{target.max_side_px:,} px a side: make it smaller, or write another format"
+        )
+    for width, height in {(plan.width_px, plan.height_px), (plan.scaled_width_px, plan.scaled_height_px)}:
+        if width * height * frames > limits.max_pixels:
+            raise LimitExceeded(
+                f"{output} would take {width:,} x {height:,} px{f' x {frames:,} frames' if frames > 1 else ''}; "
+                f"the limit is {limits.max_pixels:,} px (MAX_PIXELS): give a smaller width or height"
+            )
+
+
+def _shrunk_on_load(source: Input, image: Any, plan: Layout, limits: Limits) -> Any:
+    """A jpeg decoded at 1/2, 1/4 or 1/8, still at least twice as large as wanted (the rule of vips_thumbnail)."""
+    if source.format != "jpeg":
+        return image
+    width, height = upright_size(image)
+    ratio = min(width / plan.scaled_width_px, height / plan.scaled_height_px)
+    shrink = next((shrink for shrink in (8, 4, 2) if ratio >= 2 * shrink), 1)
+    return image if shrink == 1 else open_image(source, limits, shrink=shrink)
+
+
+def _fitted(image: Any, plan: Layout, target: Format, background: str) -> Any:
+    def fit(frame: Any) -> Any:
+        scaled = _flattened(_in_srgb(_scaled(frame, plan), target), target, background)
+        return _cropped_or_padded(scaled, plan, background)
+
+    return _each_frame(image, fit)
+
+
+def _each_frame(image: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to each frame of a roll by itself, so that none bleeds into its neighbours."""
+    count = _frames(image)
+    if count == 1:
+        return change(image)
+    vips = engine()
+    height = image.get_page_height()
+    frames = []
+    for top in range(0, image.height, height):
+        frame = image.crop(0, top, image.width, height).copy()
+        frame.remove("n-pages")
+        frame.remove("page-height")
+        frames.append(change(frame))
+    roll = vips.Image.arrayjoin(frames, across=1).copy()
+    roll.set_type(vips.GValue.gint_type, "page-height", frames[0].height)
+    roll.set_type(vips.GValue.gint_type, "n-pages", count)
+    return roll
+
+
+def _first_frame_unless(roll: Any, target: Format) -> Any:
+    if target.has_frames or _frames(roll) == 1:
+        return roll
+    frame = roll.crop(0, 0, roll.width, roll.get_page_height()).copy()
+    frame.remove("n-pages")
+    frame.remove("page-height")
+    return frame
+
+
+def _scaled(frame: Any, plan: Layout) -> Any:
+    return frame.thumbnail_image(plan.scaled_width_px, height=plan.scaled_height_px, size="force")
+
+
+def _upright(image: Any) -> Any:
+    if _orientation(image) == 1:
+        return image
+    image = _each_frame(image.copy_memory(), lambda frame: frame.autorot())  # a rotation reads out of sequence
+    if image.get_typeof("jpeg-thumbnail-data"):  # it still lies on its side
+        image = image.copy()
+        image.remove("jpeg-thumbnail-data")
+    return image
+
+
+def _in_srgb(image: Any, target: Format) -> Any:
+    """Pixels in sRGB or gray: 16 bits a sample where they have them and the target can hold them, else 8."""
+    is_16_bit = image.format == "ushort" and target.has_16_bit
+    if image.interpretation == "cmyk":
+        return image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=16 if is_16_bit else 8)
+    image = _without_profile(image, is_16_bit)
+    if image.interpretation in ("srgb", "b-w") and image.format == "uchar":
+        return image
+    if image.interpretation in ("rgb16", "grey16") and is_16_bit:
+        return image
+    return image.colourspace("b-w" if image.bands < 3 else "srgb").cast("uchar")
+
+
+def _without_profile(image: Any, is_16_bit: bool) -> Any:
+    """Convert through the embedded profile, unless it is sRGB; one that is broken or of another space is ignored."""
+    if not image.get_typeof("icc-profile-data"):
+        return image
+    profile = image.get("icc-profile-data")
+    if is_srgb(profile):
+        return image
+    is_gray = image.interpretation in ("b-w", "grey16")
+    if colour_space(profile) == ("GRAY" if is_gray else "RGB"):
+        try:
+            converted = image.icc_transform("srgb", embedded=True, depth=16 if is_16_bit else 8)
+        except engine().Error:
+            pass
+        else:
+            return _gray(converted) if is_gray else converted
+    image = image.copy()
+    image.remove("icc-profile-data")
+    return image
+
+
+def _gray(image: Any) -> Any:
+    """One band of a neutral RGB image, and its alpha."""
+    gray = image.extract_band(0)
+    if image.hasalpha():
+        gray = gray.bandjoin(image.extract_band(image.bands - 1))
+    gray = gray.copy(interpretation="grey16" if image.format == "ushort" else "b-w")
+    gray.remove("icc-profile-data")
+    return gray
+
+
+def _flattened(image: Any, target: Format, background: str) -> Any:
+    if target.has_alpha or not image.hasalpha():
+        return image
+    image, colour = _with_colour(image, background)
+    return image.flatten(background=colour)
+
+
+def _cropped_or_padded(image: Any, plan: Layout, background: str) -> Any:
+    width, height = plan.width_px, plan.height_px
+    if image.width > width or image.height > height:
+        return image.crop((image.width - width) // 2, (image.height - height) // 2, width, height)
+    if (image.width, image.height) == (width, height):
+        return image
+    if image.hasalpha():
+        colour = [0] * image.bands
+    else:
+        image, colour = _with_colour(image, background)
+    return image.gravity("centre", width, height, extend="background", background=colour)
+
+
+def _with_colour(image: Any, background: str) -> tuple[Any, list[int]]:
+    """The background in the image's bands; a gray image becomes RGB when the colour is not gray."""
+    colour = list(parse_colour(background))
+    if image.interpretation != "b-w":
+        return image, colour
+    if len(set(colour)) == 1:
+        return image, colour[:1]
+    return image.colourspace("srgb"), colour
+
+
+def _write(
+    image: Any,
+    staged: Staged,
+    source: Input,
+    target: Format,
+    *,
+    quality: int,
+    lossless: bool = False,
+    keep: str = "none",
+) -> dict[str, Any]:
+    with _decoding(source, staged):
+        encode(image, staged.fd, target, quality=quality, lossless=lossless, keep=keep)
+    frames = _frames(image)
+    return {
+        "output": str(staged.path),
+        "format": target.name,
+        "width": image.width,
+        "height": image.height // frames,
+        **({"frames": frames} if frames > 1 else {}),
+        "size_bytes": os.fstat(staged.fd).st_size,
+    }
+
+
+@contextmanager
+def _decoding(source: Input, staged: Staged | None = None) -> Iterator[None]:
+    """Say whether the input or the disk was at fault: libvips decodes while it writes, and tells only in words."""
+    try:
+        yield
+    except OSError as exc:
+        if staged is not None:
+            raise_for_write_error(exc, staged.path)
+        raise
+    except engine().Error as exc:
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if staged is not None and os.strerror(code) in str(exc):
+                raise_for_write_error(OSError(code, os.strerror(code)), staged.path)
+        raise corrupt(source, exc) from exc
+
+
+_TOLD_FROM_PIXELS = 24_000_000
+_TOLD_STEP_PERCENT = 5
+
+
+@contextmanager
+def _told(image: Any, progress: Progress | None) -> Iterator[None]:
+    """Tell the percent written of a large image in steps; a small one is done before anybody looks."""
+    if progress is None:
+        yield
+        return
+    last = 0
+    failure: BaseException | None = None
+
+    def on_eval(watched: Any, state: Any) -> None:
+        nonlocal last, failure
+        if failure is None and last + _TOLD_STEP_PERCENT <= state.percent < 100:
+            last = state.percent
+            try:
+                progress(float(last))
+            except BaseException as exc:  # it would be lost in C; raised below
+                failure = exc
+                watched.set_kill(True)
+
+    if image.width * image.height >= _TOLD_FROM_PIXELS:
+        image.set_progress(True)
+        image.signal_connect("eval", on_eval)
+    try:
+        yield
+    except Exception:
+        if failure is None:
+            raise
+    if failure is not None:
+        raise failure
+    progress(100.0)
+
+
+def _frames(image: Any) -> int:
+    return int(image.height // image.get_page_height())
+
+
+def _orientation(image: Any) -> int:
+    return int(image.get("orientation")) if image.get_typeof("orientation") else 1
+
+
+def _has_plugin(media_format: str) -> bool:
+    try:
+        pillow_plugin(media_format)
+    except (UnsupportedMedia, KeyError):
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""Atomic outputs: target paths in, open temp files out; all of them appear complete, or none does.
+
+A temp file lies hidden in its target's directory (a rename must not cross file systems) and carries a token, so that
+those of an attempt that was killed can be found and deleted.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+from tasks.errors import DiskFull, OutputNotWritable
+
+TEMP_PREFIX = ".media-tasks-"
+TEMP_SUFFIX = ".part"
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EFBIG,
+}
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An output that is being written: `fd` is open for reading and writing on the temp file."""
+
+    path: Path
+    temp: Path
+    fd: int
+
+
+@contextmanager
+def atomic_outputs(
+    paths: Sequence[str], *, token: str | None = None, confirm: Callable[[], None] | None = None
+) -> Iterator[list[Staged]]:
+    """Open one temp file per path; when the block ends well, sync them and rename each to its path.
+
+    Missing directories are made. `confirm` is called once, after everything is on disk and before the first rename;
+    what it raises (the attempt lost its job) leaves nothing behind. A kill leaves temp files that `temp_files_of`
+    finds, and between two renames of a set the first ones; a second run replaces them with the same bytes.
+
+    Raises:
+        DiskFull: no space left, or over quota; transient.
+        OutputNotWritable: a directory or a file stands in the way, or writing is not allowed.
+    """
+    token = token or secrets.token_hex(8)
+    staged: list[Staged] = []
+    try:
+        for path in paths:
+            with _reported(path):
+                staged.append(_stage(Path(path), token))
+        yield staged
+        for output in staged:
+            with _reported(output.path):
+                os.fsync(output.fd)
+        if confirm is not None:
+            confirm()
+        for output in staged:
+            with _reported(output.path):
+                output.temp.replace(output.path)
+        for directory in {output.path.parent for output in staged}:
+            _sync_directory(directory)
+    finally:
+        for output in staged:
+            os.close(output.fd)
+            with suppress(OSError):
+                output.temp.unlink(missing_ok=True)
+
+
+def temp_files_of(token: str, directory: str | Path) -> list[Path]:
+    """The temp files in `directory` of the attempt that wrote with this token."""
+    return sorted(Path(directory).glob(f"{TEMP_PREFIX}{escape(token)}-*{TEMP_SUFFIX}"))
+
+
+def raise_for_write_error(exc: OSError, path: str | Path) -> None:
+    """Raise the error that an `OSError` met while writing `path` stands for; return when it is none of them."""
+    if exc.errno in _FULL:
+        raise DiskFull(f"{path}: {exc.strerror} while writing; free space there, or write elsewhere") from exc
+    if exc.errno in _NOT_WRITABLE:
+        raise OutputNotWritable(
+            f"{path} can't be written: {exc.strerror}; make its directory writable for the worker, or write elsewhere"
+        ) from exc
+
+
+@contextmanager
+def _reported(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise_for_write_error(exc, path)
+        raise
+
+
+def _stage(path: Path, token: str) -> Staged:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temp = path.with_name(f"{TEMP_PREFIX}{token}-{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask decides, as for any file
+    return Staged(path, temp, fd)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
