@@ -43,6 +43,10 @@ clean: ## Remove the environment and all caches
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .conformance build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+.PHONY: python
+python: # Say which Python .venv would be made with
+	@$(find_python); command -v "$$python"
+
 # The stamps are newer than the lock and pyproject.toml as long as the environment matches them. The development
 # environment holds all that the runtime needs.
 .venv/.dev: requirements/dev.txt pyproject.toml
