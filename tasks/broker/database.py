@@ -1,0 +1,181 @@
+"""One handle on one SQLite file, which several processes share and threads may fork around.
+
+In: a path. Out: `transaction()`, which commits, rolls back and explains errors. The file is made on first use, and
+refused if it is newer, somebody else's, or on a network file system.
+"""
+
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.broker.errors import BrokerReplaced, BrokerUnavailable, BrokerUnusable, explained
+
+# Held around every use of SQLite and around every fork, so that no child is born while a thread is inside SQLite.
+_lock = threading.RLock()
+_databases: "weakref.WeakSet[Database]" = weakref.WeakSet()
+_inherited: list[sqlite3.Connection] = []  # a child must not close its parent's handles: sqlite.org/howtocorrupt.html
+
+_PRAGMAS = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",  # commits survive a crash of any process; a power cut may undo the last ones
+    "PRAGMA cache_size = -10000",
+    "PRAGMA temp_store = MEMORY",
+)
+_VERSION = "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master) FROM pragma_user_version"
+# Locks and shared memory do not work reliably there: sqlite.org/wal.html, sqlite.org/faq.html#q5
+_NETWORK_FILE_SYSTEMS = frozenset(
+    ["afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"]
+)
+
+
+class Database:
+    """A handle that is reopened after a fork and refuses to go on when its file was replaced.
+
+    Args:
+        path: the file; its directory must exist.
+        schema: statements that make an empty file ready, and may run twice; `version` is kept in `user_version`.
+        busy_timeout_s: how long a statement waits for another process's write.
+    """
+
+    def __init__(self, path: Path, *, schema: str, version: int, busy_timeout_s: float = 5.0) -> None:
+        self.path = path
+        self._schema = schema
+        self._version = version
+        self._busy_timeout_s = busy_timeout_s
+        self._handle: sqlite3.Connection | None = None
+        self._identity = (0, 0)
+        self._is_open = False
+        _databases.add(self)
+
+    def open(self) -> None:
+        """Open or create the file.
+
+        Raises:
+            BrokerUnavailable: locked, full, or its directory is missing.
+            BrokerUnusable: newer, foreign, damaged, not writable, or on a network file system.
+        """
+        with _lock:
+            if self._handle is None:
+                self._handle = self._connect()
+            self._is_open = True
+
+    def close(self) -> None:
+        with _lock:
+            self._is_open = False
+            handle, self._handle = self._handle, None
+            if handle is not None:
+                handle.close()
+
+    @contextmanager
+    def transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
+        """Run the block in one transaction; inside another one it joins that. A read takes no lock.
+
+        Raises:
+            BrokerReplaced: the path leads to another file now, or to none.
+            BrokerError: see `errors`.
+        """
+        with _lock, explained(self.path):
+            handle = self._usable_handle()
+            if handle.in_transaction or not write:
+                yield handle
+                return
+            self.check()
+            handle.execute("BEGIN IMMEDIATE")
+            try:
+                yield handle
+                handle.execute("COMMIT")
+            except BaseException:
+                if handle.in_transaction:
+                    handle.execute("ROLLBACK")
+                raise
+
+    def check(self) -> None:
+        """Raise `BrokerReplaced` if the file at the path is not the one that was opened."""
+        if _identity(self.path) != self._identity:
+            raise BrokerReplaced(f"Broker file {self.path} was removed or replaced; reconnecting to what is there now")
+
+    def _usable_handle(self) -> sqlite3.Connection:
+        if not self._is_open:
+            raise BrokerUnavailable(f"Broker file {self.path}: this connection is closed")
+        if self._handle is None:
+            self._handle = self._connect()
+        return self._handle
+
+    def _connect(self) -> sqlite3.Connection:
+        _refuse_missing_or_network_directory(self.path)
+        with explained(self.path):
+            handle = sqlite3.connect(
+                self.path, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare(handle)
+            except BaseException:
+                handle.close()
+                raise
+        self._identity = _identity(self.path)
+        return handle
+
+    def _prepare(self, handle: sqlite3.Connection) -> None:
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                for pragma in _PRAGMAS:
+                    handle.execute(pragma)
+                break
+            except sqlite3.OperationalError as exc:
+                # Two processes that switch a new file to WAL at once: SQLite does not wait here, whatever the timeout.
+                if exc.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        version, has_tables = handle.execute(_VERSION).fetchone()
+        if version > self._version:
+            raise BrokerUnusable(
+                f"Broker file {self.path} has format {version}, made by a newer release; this one reads up to "
+                f"{self._version}. Upgrade here too, or name another file"
+            )
+        if version == 0 and has_tables:
+            raise BrokerUnusable(f"Broker file {self.path} holds another program's tables; name another file")
+        if version == 0:
+            handle.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)  # noqa: PTH116  # called for each message, and half as dear as Path.stat
+    except FileNotFoundError:
+        return (0, 0)
+    return (status.st_dev, status.st_ino)
+
+
+def _refuse_missing_or_network_directory(path: Path) -> None:
+    try:
+        device = path.parent.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.parent.is_dir():
+            return  # no /proc: not Linux
+        raise BrokerUnavailable(f"Broker file {path}: its directory does not exist; make it or mount it") from None
+    for mount in mounts:
+        fields, _, source = mount.partition(" - ")
+        kind = source.split(" ", 1)[0]
+        if kind in _NETWORK_FILE_SYSTEMS and fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
+            raise BrokerUnusable(
+                f"Broker file {path} is on a network file system ({kind}), where SQLite's locks do not hold; "
+                "name a path on a local disk"
+            )
+
+
+def _forget_inherited() -> None:
+    for database in list(_databases):
+        if database._handle is not None:
+            _inherited.append(database._handle)
+            database._handle = None
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_inherited)
