@@ -1,0 +1,51 @@
+"""Discovery: which task types exist here. A task type is declared once, in a module that is found, and nowhere else.
+
+In: the built-in modules and the entry points of installed packages (group `media_tasks.capabilities`, each naming a
+module that declares tasks with `@app.task`). Out: tasks in the registry; queue, route, rows and CLI follow from them.
+"""
+
+import logging
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any, Final
+
+logger = logging.getLogger(__name__)
+
+GROUP: Final = "media_tasks.capabilities"
+BUILT_IN: Final = ("tasks.images",)
+OWN_PREFIX: Final = "celery."
+
+
+def load_built_in() -> None:
+    """Import the modules of this distribution that declare tasks."""
+    for module in BUILT_IN:
+        import_module(module)
+
+
+def load_installed() -> None:
+    """Import the plug-ins of installed packages; a broken one is named in the log and left out."""
+    for entry_point in entry_points(group=GROUP):
+        try:
+            entry_point.load()
+        except Exception:
+            package = entry_point.dist.name if entry_point.dist else "an unknown package"
+            logger.exception("capability plug-in %r of %s is left out: it can't be imported", entry_point.name, package)
+
+
+def names(app: Any) -> list[str]:
+    """All capabilities that are declared, sorted."""
+    return sorted(name for name in app.tasks if not name.startswith(OWN_PREFIX))
+
+
+def missing_engines(task: Any) -> list[str]:
+    """The modules that this task's body needs and this installation lacks."""
+    return [module for module in getattr(task, "requires", ()) if find_spec(module) is None]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean image_resize?"`, or nothing."""
+    matches = get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""

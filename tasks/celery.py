@@ -1,0 +1,107 @@
+"""The composition root: the one place where settings, database, broker, tasks and signals become an app."""
+
+from typing import Any
+
+from celery import Celery, signals
+from kombu.utils.json import dumps, loads
+from kombu.utils.objects import cached_property
+from kombu.utils.uuid import uuid
+
+import tasks.broker
+from tasks import capabilities
+from tasks.settings import Settings, settings
+
+
+class MediaTasks(Celery):  # type: ignore[misc]  # celery has no types
+    """Celery, with a job table: `send_task` writes the row before the broker sees the job.
+
+    Nothing is opened, read or started until it is used; a producer that only imports it does no I/O.
+    """
+
+    task_cls = "tasks.job:Job"
+    _is_loaded = False
+
+    @cached_property  # type: ignore[untyped-decorator]  # kombu has no types
+    def settings(self) -> Settings:
+        return settings()
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def store(self) -> Any:
+        """The `db.store.Store` of this process and its children."""
+        from db.engine import Database
+        from db.store import Store
+
+        return Store(
+            Database(
+                self.settings.database_url,
+                mmap_bytes=self.settings.sqlite_mmap_bytes,
+                pool_size=self.settings.db_pool_size,
+                dumps=dumps,
+                loads=loads,
+            )
+        )
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def Worker(self) -> Any:  # noqa: N802 (Celery's name)
+        return self.subclass_with_self("tasks.worker:MediaWorker")
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def worker_id(self) -> str:
+        """Who claims jobs in this process: the worker whose main process this is, or its parent."""
+        return self.settings.worker_id
+
+    def gen_task_name(self, name: str, module: str) -> str:  # noqa: ARG002 (Celery's signature)
+        """A task is named by its function alone: its name is its queue and its capability."""
+        return name
+
+    def new_id(self) -> str:
+        return str(uuid())
+
+    def is_recorded(self, name: str) -> bool:
+        """Whether jobs of this task have rows: all but Celery's own, unless MIRROR=off."""
+        return bool(self.settings.mirror) and not name.startswith(capabilities.OWN_PREFIX)
+
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any) -> Any:
+        """As Celery's; the row is written first. See `tasks.enqueue.send` for what is raised."""
+        self.load_capabilities()
+        publish = super().send_task
+        if positional or not self.is_recorded(name):
+            if not name.startswith(capabilities.OWN_PREFIX):
+                options.setdefault("queue", name)
+            return publish(name, args, kwargs, *positional, **options)
+        from tasks import enqueue
+
+        return enqueue.send(self, publish, name, args, kwargs, options)
+
+    def wire_priority(self, priority: int) -> int:
+        """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first."""
+        return 10 - priority if self.settings.broker_url.startswith("redis") else priority
+
+    def live_workers(self) -> list[Any]:
+        """The heartbeat rows of workers heard of within three renewals and a lease."""
+        return list(self.store.workers(heard_within_s=self.settings.lease_timeout_s))
+
+    def load_capabilities(self) -> None:
+        """Find all task types, once."""
+        if not self._is_loaded:
+            self._is_loaded = True
+            capabilities.load_built_in()
+            capabilities.load_installed()
+
+
+def on_import_modules(**_: Any) -> None:
+    """Celery's worker and commands import what they need now."""
+    app.load_capabilities()
+
+
+def on_celeryd_init(**_: Any) -> None:
+    """A worker starts: its rows are kept from here on. Wired here so that a producer never loads the mirror."""
+    from tasks import mirror
+
+    mirror.connect(app)
+
+
+tasks.broker.register()
+app = MediaTasks("media_tasks", set_as_current=False, config_source="celeryconfig")
+signals.import_modules.connect(on_import_modules, sender=app, dispatch_uid="media_tasks.import_modules", weak=False)
+signals.celeryd_init.connect(on_celeryd_init, dispatch_uid="media_tasks.celeryd_init", weak=False)

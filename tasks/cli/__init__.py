@@ -1,0 +1,1 @@
+"""Commands of `celery -A tasks ...`, found by Celery through the entry points `celery.commands`."""

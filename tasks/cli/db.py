@@ -1,0 +1,67 @@
+"""`celery -A tasks db upgrade | stats | pragmas | checkpoint | vacuum | backup`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from db import maintenance, schema
+from tasks.cli.app import with_app
+
+
+@click.group()
+def db() -> None:
+    """Look after the job database."""
+
+
+@db.command()
+@with_app
+def upgrade(app: Any) -> None:
+    """Make the tables, or bring them up to this release. Safe to repeat."""
+    database = app.store.database
+    before = schema.current_version(database)
+    schema.upgrade(database)
+    click.echo(f"{database}: schema {before or 'none'} -> {schema.current_version(database)}")
+
+
+@db.command()
+@with_app
+def stats(app: Any) -> None:
+    """Jobs by task and status, and the sizes of the tables."""
+    for task_type, counts in sorted(app.store.counts().items()):
+        click.echo(f"{task_type:24} " + "  ".join(f"{status} {jobs}" for status, jobs in sorted(counts.items())))
+    for name, value in maintenance.sizes(app.store.database).items():
+        click.echo(f"{name:24} {value}")
+
+
+@db.command()
+@with_app
+def pragmas(app: Any) -> None:
+    """The settings of the SQLite file as they are in force."""
+    for name, value in maintenance.pragmas(app.store.database).items():
+        click.echo(f"{name:20} {value}")
+
+
+@db.command()
+@with_app
+def checkpoint(app: Any) -> None:
+    """Move the write-ahead log into the SQLite file and empty it."""
+    moved, left = maintenance.checkpoint(app.store.database)
+    click.echo(f"{moved} pages moved, {left} left in the log" + (" (readers hold them; try again)" if left else ""))
+
+
+@db.command()
+@with_app
+def vacuum(app: Any) -> None:
+    """Give free pages back to the file system."""
+    before, after = maintenance.vacuum(app.store.database)
+    click.echo(f"{before:,} bytes -> {after:,} bytes")
+
+
+@db.command()
+@click.argument("target", type=click.Path(path_type=Path, dir_okay=False))
+@with_app
+def backup(app: Any, target: Path) -> None:
+    """Copy the SQLite file, consistent while workers go on, to TARGET (which must not exist)."""
+    size_bytes = maintenance.backup(app.store.database, target)
+    click.echo(f"{target}: {size_bytes:,} bytes")

@@ -1,0 +1,150 @@
+"""Enqueue: the row first, then the broker.
+
+In: a call of `send_task` (from `.delay()`, a retry, a chain, a chord, or by name). Out: a queued row with what is
+needed to publish it again, and one message that carries the row's publication. If the publish fails, the row is failed
+before the error reaches the caller, so that a caller who tries again gets one job.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from celery.utils.time import maybe_iso8601
+
+from db.engine import patiently
+from db.models import Status
+from db.store import NewJob, Publication, now
+from tasks import capabilities
+from tasks.errors import InvalidArguments, UnknownQueue, UnknownTask
+from tasks.job import Job, warn_of_waiting
+from tasks.results import describe
+
+PRIORITY_DEFAULT: Final = 5
+PRIORITIES: Final = range(1, 11)
+_NOT_KEPT: Final = (
+    "producer",
+    "publisher",
+    "connection",
+    "router",
+    "result_cls",
+    "task_type",
+    "add_to_parent",
+    "headers",
+)
+
+
+def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
+    """Write the row, then call `publish` (Celery's own `send_task`) with its publication in the headers.
+
+    A job id that is known already is not sent again, unless its job has failed or was cancelled (then it is replayed)
+    or this is its own retry.
+
+    Raises:
+        UnknownTask, UnknownQueue: Nobody can run it; nothing was written.
+        InvalidArguments: The arguments can't work; nothing was written.
+    """
+    task = options.get("task_type") or app.tasks.get(name)
+    current = app.current_worker_task
+    if isinstance(task, Job):
+        if current is None:
+            args, kwargs = task.absolute(args or (), kwargs or {})
+        if not options.get("retries"):
+            task.checked(args, kwargs)
+    options["queue"] = queue = _queue_of(app, task, name, options.get("queue"))
+    task_id = options["task_id"] = options.get("task_id") or app.new_id()
+    if current is not None and current.request.id == task_id:
+        publication = _requeue(app, current.request, options)
+    else:
+        job = _new_job(task, name, queue, args, kwargs, options, current)
+        publication = app.store.enqueue(job) or app.store.replay(task_id)
+    if publication is None:
+        return app.AsyncResult(task_id)
+    options["headers"] = {**(options.get("headers") or {}), "publication": publication.number}
+    options["priority"] = app.wire_priority(publication.priority)
+    try:
+        return publish(name, args, kwargs, **options)
+    except Exception as exc:
+        if publication.number == 1:
+            app.store.end(job, Status.FAILED, describe(exc), publication=1)
+        raise
+
+
+def _requeue(app: Any, request: Any, options: Mapping[str, Any]) -> Publication | None:
+    """A retry: the running attempt ends; its row, with the error, is queued under the next publication."""
+    error = request.get("retry_error")
+    result: Publication | None = patiently(
+        lambda: app.store.requeue(
+            request.id,
+            attempt=request.attempt,
+            event="retry",
+            retry_count=options.get("retries") or 0,
+            run_after_utc=_due(options),
+            failure=describe(error) if error is not None else None,
+        ),
+        on_wait=warn_of_waiting,
+    )
+    return result
+
+
+def _new_job(
+    task: Any, name: str, queue: str, args: Any, kwargs: Any, options: Mapping[str, Any], parent: Any
+) -> NewJob:
+    request = parent.request if parent is not None else None
+    return NewJob(
+        job_id=options["task_id"],
+        task_type=name,
+        queue=queue,
+        parameters=task.named(args, kwargs) if isinstance(task, Job) else {"args": list(args or ()), **(kwargs or {})},
+        priority=_priority(name, options.get("priority")),
+        max_retries=getattr(task, "max_retries", None),
+        retry_count=options.get("retries") or 0,
+        run_after_utc=_due(options),
+        expires_at=_moment(options.get("expires")),
+        root_id=options.get("root_id") or (request and (request.root_id or request.id)) or options["task_id"],
+        parent_id=options.get("parent_id") or (request and request.id),
+        group_id=options.get("group_id"),
+        group_index=options.get("group_index"),
+        in_chord=options.get("chord") is not None,
+        message={
+            "args": list(args or ()),
+            "kwargs": dict(kwargs or {}),
+            "options": {key: value for key, value in options.items() if key not in _NOT_KEPT and value is not None},
+        },
+    )
+
+
+def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:
+    """The queue to publish to: the task's own name, unless the caller names one that is known."""
+    queue = getattr(queue, "name", queue) or getattr(task, "queue", None) or name
+    declared = set(capabilities.names(app))
+    if name in declared and queue in declared:
+        return str(queue)
+    served = {served for worker in app.live_workers() for served in worker["capabilities"]}
+    known = declared | served | set(app.conf.task_queues or ())
+    if name not in declared and name not in served and queue not in served:
+        raise UnknownTask(f"no worker serves {name}{capabilities.nearest(name, known)}")
+    if queue not in known:
+        raise UnknownQueue(f"no worker serves the queue {queue}{capabilities.nearest(queue, known)}")
+    return str(queue)
+
+
+def _priority(name: str, priority: Any) -> int:
+    if priority is None:
+        return PRIORITY_DEFAULT
+    if not isinstance(priority, int) or priority not in PRIORITIES:
+        raise InvalidArguments(f"{name}: priority={priority!r} must be a whole number from 1 to 10 (10 runs first)")
+    return priority
+
+
+def _due(options: Mapping[str, Any]) -> datetime | None:
+    return _moment(options.get("eta") or options.get("countdown"))
+
+
+def _moment(value: Any) -> datetime | None:
+    """A time in UTC from what Celery takes for one: seconds from now, ISO text, or a datetime."""
+    if not value:
+        return None
+    if isinstance(value, (int, float)):
+        return now() + timedelta(seconds=value)
+    moment: datetime = maybe_iso8601(value)
+    return moment if moment.tzinfo else moment.replace(tzinfo=now().tzinfo)

@@ -1,0 +1,266 @@
+"""The base task: its guard decides, by one atomic claim on the job's row, whether a message may run.
+
+In: a delivered message, however often and however late. Out: one running attempt with a fencing token, or nothing: a
+message of another publication, of a job that has ended, or of one that a living worker holds is acknowledged without
+effect. Arguments are made absolute and checked where a job is submitted, and paths again where it runs.
+"""
+
+import inspect
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, get_args, get_type_hints
+
+from celery import Task
+from celery.canvas import Signature
+from celery.exceptions import Ignore
+
+from db.engine import patiently
+from db.store import Claim, Decision, NewJob
+from tasks.errors import AttemptLost, InvalidArguments, PathNotAllowed, TransientError, WorkerLost
+
+logger = logging.getLogger(__name__)
+
+PATH: Final = "path"
+InputPath = Annotated[str, PATH, "input"]
+"""A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
+OutputPath = Annotated[str, PATH, "output"]
+"""A file or directory to write."""
+
+_UNSAFE: Final = re.compile(r"[^\w.-]")
+PROGRESS_INTERVAL_S: Final = 0.5
+RETRY_FIRST_S: Final = 2.0
+RETRY_LONGEST_S: Final = 600.0
+
+
+class Job(Task):  # type: ignore[misc]  # celery has no types
+    """A task whose every change stands in the job table.
+
+    Declare one with `@app.task`; its name is its queue and its capability. Annotate path arguments as `InputPath` and
+    `OutputPath`. A second delivery of a message does not run the body twice; after a crash the body runs again from its
+    beginning, so it must publish its outputs atomically, after `confirm()`.
+
+    Attributes:
+        validate: Called with the arguments where a job is submitted, to refuse what is cheap to refuse; it raises
+            `InvalidArguments`.
+        requires: Modules that the body imports; a worker without them does not serve this capability.
+        extra: The extra of this distribution that installs them, for the message.
+    """
+
+    abstract = True
+    validate: Callable[..., Any] | None = None
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Claim the job, run the body, and turn a transient error into a retry."""
+        if self.request.called_directly or not self.app.is_recorded(self.name):
+            return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
+        self._claim(args, kwargs)
+        try:
+            args, kwargs = self.resolved(args, kwargs)
+            return self.run(*args, **kwargs)
+        except TransientError as exc:
+            raise self.retry(exc=exc, countdown=retry_delay_s(self.request.retries)) from exc
+        except AttemptLost as exc:
+            logger.warning("%s[%s]: %s", self.name, self.request.id, exc)
+            raise Ignore(str(exc)) from exc
+
+    def progress(self, percent: float, stage: str | None = None) -> None:
+        """Say how far the body is, 0-100. Written at most twice a second; costs nothing in between."""
+        request = self.request
+        if request.called_directly or not self.app.is_recorded(self.name):
+            return
+        at = time.monotonic()
+        if at - (request.get("progress_at") or request.get("claimed_at") or 0.0) < PROGRESS_INTERVAL_S:
+            return
+        request.progress_at = at
+        self.app.store.progress(request.id, request.attempt, percent=min(max(percent, 0.0), 100.0), stage=stage)
+
+    def confirm(self) -> None:
+        """The fencing check, to be called when an output is complete and before it becomes visible.
+
+        Raises:
+            AttemptLost: Another attempt has taken over, or the job was cancelled.
+        """
+        request = self.request
+        if request.called_directly or not self.app.is_recorded(self.name):
+            return
+        if not self._patiently(lambda: self.app.store.owns(request.id, request.attempt)):
+            raise AttemptLost(f"attempt {request.attempt} no longer owns the job; its output is dropped")
+
+    @property
+    def token(self) -> str | None:
+        """Names the temp files of this attempt, so that they can be found when it is dead; None outside of a job."""
+        request = self.request
+        attempt = request.get("attempt")
+        return f"{_UNSAFE.sub('_', str(request.id))}.{attempt}" if attempt else None
+
+    def retry(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's; the error that led to it is kept for the row."""
+        self.request.retry_error = kwargs.get("exc") or (args[2] if len(args) > 2 else None)
+        return super().retry(*args, **kwargs)
+
+    def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
+        """As Celery's, with relative paths made absolute here, where the job is put together."""
+        kwargs = more[0] if more else options.pop("kwargs", None)
+        args, kwargs = self.absolute(args or (), kwargs or {})
+        return super().signature(args, kwargs, *more[1:], **options)
+
+    subtask = signature
+
+    # Arguments
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments of the body, as declared."""
+        return inspect.signature(self.run).parameters
+
+    @cached_property
+    def path_names(self) -> frozenset[str]:
+        """The names of the path arguments."""
+        function = inspect.unwrap(getattr(self.run, "__func__", self.run))
+        hints = get_type_hints(function, include_extras=True)
+        return frozenset(name for name, hint in hints.items() if PATH in get_args(hint))
+
+    def absolute(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments with relative paths made absolute against this process's directory.
+
+        A positional argument counts as a path if the parameter at its place or at the next one is, since a chain
+        puts the previous result before it.
+        """
+        names = list(self.parameters)
+
+        def is_path(index: int) -> bool:
+            return any(name in self.path_names for name in names[index : index + 2])
+
+        return (
+            [_absolute(value) if is_path(index) else value for index, value in enumerate(args)],
+            {name: _absolute(value) if name in self.path_names else value for name, value in kwargs.items()},
+        )
+
+    def checked(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Refuse at the call what can be seen to be wrong without opening anything.
+
+        Raises:
+            InvalidArguments: Unknown, missing, contradictory or out of range.
+        """
+        bound = self._bind(args, kwargs)
+        if self.validate is not None:
+            self.validate(**{name: _output_of(v) if name in self.path_names else v for name, v in bound.items()})
+
+    def named(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name, as people and SQL tools want to read them; as they came, if they don't fit."""
+        try:
+            return self._bind(args, kwargs)
+        except InvalidArguments:
+            return {"args": list(args), **kwargs}
+
+    def resolved(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the body gets them: a result's output in the place of the result, every path absolute.
+
+        Raises:
+            PathNotAllowed: A path is still relative; this process stands elsewhere than the one that submitted the job.
+        """
+        bound = self._bind(args, kwargs)
+        for name in self.path_names & bound.keys():
+            bound[name] = path = _output_of(bound[name])
+            if isinstance(path, str) and "://" not in path and not Path(path).is_absolute():
+                raise PathNotAllowed(
+                    f"{name}={path!r} is relative, and a worker stands in another directory than its caller; "
+                    "give an absolute path"
+                )
+        return (), bound
+
+    def _bind(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            bound = inspect.signature(self.run).bind(*args, **kwargs)
+        except TypeError as exc:
+            raise InvalidArguments(f"{self.name}: {exc}; it takes {', '.join(self.parameters)}") from exc
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = value
+        return arguments
+
+    # The guard
+
+    def _claim(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
+        request, settings = self.request, self.app.settings
+        job = job_of_request(self, request, args, kwargs)
+        claim: Claim = self._patiently(
+            lambda: self.app.store.claim(
+                job,
+                publication=request.get("publication") or 1,
+                worker_id=self.app.worker_id,
+                is_redelivered=bool((request.delivery_info or {}).get("redelivered")),
+                holder_timeout_s=settings.lease_timeout_s,
+                max_deaths=settings.max_deaths,
+            )
+        )
+        if claim.decision in (Decision.RUN, Decision.POISON):
+            request.attempt = claim.attempt
+            request.claimed_at = time.monotonic()
+        if claim.decision is Decision.POISON:
+            raise WorkerLost(
+                f"{claim.deaths} workers died while running this job (MAX_DEATHS={settings.max_deaths}); "
+                "look at its input, then replay it"
+            )
+        if claim.decision is Decision.COMPLETED and request.chord:
+            self.backend.on_chord_part_return(request, "SUCCESS", None)
+        if claim.decision is not Decision.RUN:
+            held = f" by {claim.holder}" if claim.holder else ""
+            logger.info("%s[%s] not run: %s%s", self.name, request.id, claim.decision.value, held)
+            raise Ignore(claim.decision.value)
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        return patiently(call, on_wait=warn_of_waiting)
+
+
+def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
+    """The row of a message that has none: what can be told from the message itself."""
+    delivery = request.delivery_info or {}
+    name = getattr(task, "name", None) or getattr(request, "task", None) or "unknown"
+    return NewJob(
+        job_id=request.id,
+        task_type=name,
+        queue=delivery.get("routing_key") or name,
+        parameters=task.named(args, kwargs) if isinstance(task, Job) else {"args": list(args), **kwargs},
+        max_retries=getattr(task, "max_retries", None),
+        retry_count=request.retries or 0,
+        root_id=request.root_id,
+        parent_id=request.parent_id,
+        group_id=request.group,
+        group_index=request.group_index,
+        in_chord=bool(request.chord),
+    )
+
+
+def retry_delay_s(retries: int) -> float:
+    """Exponential backoff 2, 4, 8 ... 600 s with a jitter of a quarter around it, so that it never comes at once."""
+    return min(RETRY_FIRST_S * 2.0**retries, RETRY_LONGEST_S) * random.uniform(0.75, 1.25)  # noqa: S311 (no secret)
+
+
+def warn_of_waiting(exc: BaseException, wait_s: float) -> None:
+    """Log that the database does not answer; the job waits, it does not fail."""
+    logger.warning("the job database does not answer (%s); trying again in %.1f s", type(exc).__name__, wait_s)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and value and "://" not in value:
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def _output_of(value: Any) -> Any:
+    """A job's result stands for the file it wrote, so that chains can be put together."""
+    return value["output"] if isinstance(value, Mapping) and isinstance(value.get("output"), str) else value

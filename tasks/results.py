@@ -1,0 +1,314 @@
+"""The result backend is the job table: completion is one write, by the pool child, before the message is acknowledged.
+
+In: what Celery's tracer says of a task (`mark_as_*`). Out: rows in their terminal state, chord bodies published once,
+and task meta for `AsyncResult`. A write of an attempt that has lost its job changes nothing; nothing follows from it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from traceback import format_exception
+from typing import Any, Final
+
+from celery import states
+from celery.backends.base import BaseBackend
+from celery.canvas import maybe_signature
+from celery.exceptions import ChordError, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
+
+from db.engine import patiently
+from db.models import Status
+from db.store import Failure, NewJob
+from tasks.errors import PermanentError
+from tasks.job import job_of_request, warn_of_waiting
+
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.05
+MESSAGE_LIMIT: Final = 4000
+
+_STATES: Final = {
+    Status.QUEUED: states.PENDING,
+    Status.CLAIMED: states.RECEIVED,
+    Status.RUNNING: states.STARTED,
+    Status.COMPLETED: states.SUCCESS,
+    Status.FAILED: states.FAILURE,
+    Status.CANCELLED: states.REVOKED,
+}
+
+
+class JobBackend(BaseBackend):  # type: ignore[misc]  # celery has no types
+    """Celery's result backend on the job table."""
+
+    supports_native_join = True
+    supports_autoexpire = True
+    persistent = True
+
+    # Written by the tracer
+
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
+    ) -> None:
+        """Complete the row, also with `ignore_result`; then count it in its chord."""
+        attempt = _attempt(request)
+        if attempt is not None and not self._patiently(lambda: self.app.store.complete(task_id, attempt, result)):
+            logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
+            return
+        if request and request.chord:
+            self.on_chord_part_return(request, state, result)
+
+    def mark_asdescribe(
+        self,
+        task_id: str,
+        exc: BaseException,
+        traceback: Any = None,
+        request: Any = None,
+        store_result: bool = True,
+        call_errbacks: bool = True,
+        state: str = states.FAILURE,
+    ) -> None:
+        """Fail the row; then its chord, the rest of its chain, and its errbacks, unless the write came too late."""
+        if self._end(task_id, exc, Status.FAILED, traceback, request):
+            super().mark_asdescribe(
+                task_id, exc, traceback, request, store_result=True, call_errbacks=call_errbacks, state=state
+            )
+
+    def mark_as_revoked(
+        self,
+        task_id: str,
+        reason: str = "",
+        request: Any = None,
+        store_result: bool = True,
+        state: str = states.REVOKED,
+    ) -> None:
+        """Cancel the row: revoked or expired before it ran, or terminated while it ran."""
+        exc = TaskRevokedError(reason or "revoked")
+        if self._end(task_id, exc, Status.CANCELLED, None, request):
+            super().mark_as_revoked(task_id, reason, request, store_result=False, state=state)
+
+    def mark_as_retry(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the row was queued again before the retry was published."""
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> Any:
+        """Write what `update_state` or the canvas says; `update_state(meta={"progress": 40})` is progress."""
+        if state == states.SUCCESS:
+            self.mark_as_done(task_id, result, request)
+        elif state in states.READY_STATES:
+            status = Status.CANCELLED if state == states.REVOKED else Status.FAILED
+            self._end(task_id, result, status, traceback, request)
+        elif isinstance(result, dict) and "progress" in result and (attempt := _attempt(request)) is not None:
+            percent, stage = float(result["progress"]), result.get("stage")
+            self._patiently(lambda: self.app.store.progress(task_id, attempt, percent=percent, stage=stage))
+        return result
+
+    def _end(self, task_id: str, exc: Any, status: Status, traceback: Any, request: Any) -> bool:
+        name = getattr(request, "task", None)
+        if name is not None and not self.app.is_recorded(name):
+            return True
+        attempt, publication = _attempt(request), request.get("publication") if request else None
+        job = _job(self.app, task_id, request)
+        failure = describe(exc, traceback)
+        return bool(
+            self._patiently(
+                lambda: self.app.store.end(
+                    job, status, failure, attempt=attempt, publication=None if attempt else publication
+                )
+            )
+        )
+
+    # Read by AsyncResult
+
+    def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
+        return _meta(task_id, self.app.store.job(task_id))
+
+    def wait_for(
+        self,
+        task_id: str,
+        timeout: float | None = None,
+        interval: float = POLL_S,
+        no_ack: bool = True,
+        on_interval: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """Poll the row every 50 ms until the job has ended.
+
+        Raises:
+            celery.exceptions.TimeoutError: It has not ended within `timeout` seconds.
+        """
+        self._ensure_not_eager()
+        for _ in _polls(timeout, on_interval):
+            meta: dict[str, Any] = self.get_task_meta(task_id)
+            if meta["status"] in states.READY_STATES:
+                return meta
+        raise TimeoutError("The operation timed out.")
+
+    def get_many(
+        self,
+        task_ids: Any,
+        timeout: float | None = None,
+        interval: float = POLL_S,
+        no_ack: bool = True,
+        on_message: Callable[[dict[str, Any]], None] | None = None,
+        on_interval: Callable[[], None] | None = None,
+        **_: Any,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (task id, meta) of each job as it ends; one query a poll for all that are still missing."""
+        missing = {task_id if isinstance(task_id, str) else task_id.id for task_id in task_ids}
+        for _poll in _polls(timeout, on_interval):
+            for row in self.app.store.jobs_by_id(sorted(missing)):
+                if not Status(row["status"]).is_terminal:
+                    continue
+                meta = _meta(row["job_id"], row)
+                if on_message is not None:
+                    on_message(meta)
+                missing.discard(row["job_id"])
+                yield row["job_id"], meta
+            if not missing:
+                return
+        raise TimeoutError(f"{len(missing)} jobs have not ended in time.")
+
+    def _forget(self, task_id: str) -> None:
+        """The row stays: it is the record of the job, not only its result."""
+
+    # Groups and chords
+
+    def _save_group(self, group_id: str, result: Any) -> Any:
+        self.app.store.save_group(group_id, result.as_tuple())
+        return result
+
+    def _restore_group(self, group_id: str) -> dict[str, Any] | None:
+        from celery.result import result_from_tuple
+
+        members = self.app.store.group(group_id)
+        return {"result": result_from_tuple(members, self.app)} if members else None
+
+    def _delete_group(self, group_id: str) -> None:
+        self.app.store.forget_group(group_id)
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        self.app.store.set_chord_size(group_id, chord_size)
+
+    def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
+        """Nothing to set up: members are counted by their rows, so no `chord_unlock` polls."""
+        self.ensure_chords_allowed()
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
+        """Count the members that have ended; the one call that finds the last publishes the body, once.
+
+        A second delivery of a member counts again, without effect. The body's own ids were fixed when the chord was
+        put together, so that publishing it again after a crash makes no second job.
+        """
+        body = maybe_signature(request.chord, app=self.app)
+        size = body.get("chord_size") or body.options.get("chord_size")
+        parts = self._patiently(lambda: self.app.store.chord_parts(request.group, size))
+        if not parts.is_mine:
+            return
+        if not parts.is_failed:
+            body.delay(list(parts.results))
+            return
+        cause = result if isinstance(result, Exception) else None
+        error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
+        error.__cause__ = cause
+        self._end(body.id, error, Status.FAILED, None, _Unsent(body))
+        self.chord_error_from_stack(body, error)
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        return patiently(call, on_wait=warn_of_waiting)
+
+
+class _Unsent:
+    """A signature that was never sent, in the place of its request: its row says that it failed before it ran."""
+
+    chord = None
+    errbacks = None
+
+    def __init__(self, signature: Any) -> None:
+        self.id, self.task = signature.id, signature.task
+        self.args, self.kwargs = signature.args, signature.kwargs
+        options = signature.options
+        self.delivery_info = {"routing_key": options.get("queue") or signature.task}
+        self.retries, self.root_id, self.parent_id = 0, options.get("root_id"), options.get("parent_id")
+        self.group, self.group_index = options.get("group_id"), options.get("group_index")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)
+
+
+def _job(app: Any, task_id: str, request: Any) -> NewJob:
+    if request is None:
+        return NewJob(job_id=task_id, task_type="unknown", queue="unknown", parameters={})
+    task = app.tasks.get(getattr(request, "task", None) or "")
+    request.id = request.id or task_id
+    return job_of_request(task or request, request, request.args or (), request.kwargs or {})
+
+
+def _attempt(request: Any) -> int | None:
+    return request.get("attempt") if request else None
+
+
+def describe(exc: Any, traceback: Any = None) -> Failure:
+    """What the row says of an error: its type, its message (the log keeps a bug's traceback), never a secret."""
+    if not isinstance(exc, BaseException):
+        return Failure(error_type="Exception", error_message=str(exc)[:MESSAGE_LIMIT], error_module="builtins")
+    details = None
+    if not isinstance(exc, (PermanentError, TaskRevokedError, ChordError)):
+        text = traceback if isinstance(traceback, str) else "".join(format_exception(exc))
+        details = {"traceback": text[-MESSAGE_LIMIT:]}
+    return Failure(
+        error_type=type(exc).__name__,
+        error_message=str(exc)[:MESSAGE_LIMIT],
+        error_module=type(exc).__module__,
+        details=details,
+    )
+
+
+def _meta(task_id: str, row: Any) -> dict[str, Any]:
+    """Celery's task meta of a row; PENDING for a job that is not known."""
+    meta: dict[str, Any] = {
+        "task_id": task_id,
+        "status": states.PENDING,
+        "result": None,
+        "traceback": None,
+        "children": [],
+    }
+    if row is None:
+        return meta
+    status = Status(row["status"])
+    meta |= {"status": _STATES[status], "name": row["task_type"], "date_done": row["completed_at"]}
+    if status is Status.QUEUED and row["retry_count"]:
+        meta["status"] = states.RETRY
+    if status is Status.COMPLETED:
+        meta["result"] = row["result_data"]
+    elif status in (Status.FAILED, Status.CANCELLED) or meta["status"] == states.RETRY:
+        meta["result"] = _exception(row)
+    elif status is Status.RUNNING:
+        meta["result"] = {"progress": row["progress"], "stage": row["stage"]}
+    return meta
+
+
+def _exception(row: Any) -> BaseException:
+    """The error of a row as an exception of its own type, where that is known here and takes one message."""
+    if row["error_type"] == "TaskRevokedError":
+        return TaskRevokedError(row["error_message"])
+    import sys
+
+    cls = getattr(sys.modules.get(row["error_module"] or ""), row["error_type"] or "", None)
+    if isinstance(cls, type) and issubclass(cls, Exception):
+        try:
+            return cls(row["error_message"])
+        except TypeError:
+            pass
+    return RuntimeError(f"{row['error_type']}: {row['error_message']}")
+
+
+def _polls(timeout_s: float | None, on_interval: Callable[[], None] | None) -> Iterator[None]:
+    """Yield at once and then every 50 ms, until the time is over."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        yield
+        if on_interval is not None:
+            on_interval()
+        left_s = POLL_S if deadline is None else deadline - time.monotonic()
+        if left_s <= 0:
+            return
+        time.sleep(min(POLL_S, left_s))

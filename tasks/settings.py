@@ -1,0 +1,191 @@
+"""Every setting of the project, read from the environment in this one place.
+
+In: environment variables. Out: one frozen `Settings`. A value that can't be used stops the start with a
+`SettingsError` that names the variable, what is wrong with it and what would do.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from tasks.errors import SettingsError
+
+T = TypeVar("T")
+
+ENQUEUE_WAYS = ("strict", "outbox", "broker")
+QUEUE_STRATEGIES = ("FIFO", "LIFO", "PRIORITY")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings; the README's table says what each one means. Times are seconds, sizes bytes."""
+
+    server_dir: Path
+    database_url: str = field(repr=False)
+    broker_url: str = field(repr=False)
+    enqueue: str = "strict"
+    worker_id: str = ""
+    worker_supported_tasks: tuple[str, ...] = ()
+    worker_poll_interval_s: float = 1.0
+    lease_renew_s: float = 5.0
+    lease_timeout_s: float = 15.0
+    max_deaths: int = 3
+    max_attempts: int = 3
+    shutdown_grace_s: float = 300.0
+    retention_days: float = 30.0
+    sqlite_mmap_bytes: int = 256 * 2**20
+    db_pool_size: int = 5
+    mirror: bool = True
+    log_level: str = "INFO"
+    log_format: str = "console"
+    queue_strategy: Mapping[str, str] = field(default_factory=lambda: {"*": "PRIORITY"})
+    max_pixels: int = 150_000_000
+    max_frames: int = 1000
+    max_input_bytes: int = 4 * GIB
+    max_duration_s: float = 4 * 3600.0
+    media_roots: tuple[str, ...] = ()
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once at first use."""
+    return read_settings(os.environ)
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Build `Settings` from `environment`.
+
+    Raises:
+        SettingsError: A variable holds a value that can't be used.
+    """
+    read = _Reader(environment)
+    server_dir = Path(environment.get("CL_SERVER_DIR") or _user_data_dir(environment)).expanduser().absolute()
+    lease_renew_s = read.number("LEASE_RENEW_S", 5.0, above=0)
+    lease_timeout_s = read.number("LEASE_TIMEOUT_S", 15.0, above=0)
+    if lease_timeout_s < 2 * lease_renew_s:
+        raise SettingsError(
+            f"LEASE_TIMEOUT_S={lease_timeout_s:g} is under twice LEASE_RENEW_S={lease_renew_s:g}: "
+            "one late renewal would take living workers for dead; raise the first or lower the second"
+        )
+    return Settings(
+        server_dir=server_dir,
+        database_url=read.url("DATABASE_URL", f"sqlite:///{server_dir / 'media_store.db'}", ("sqlite", "postgresql")),
+        broker_url=read.url(
+            "CELERY_BROKER_URL",
+            f"sqlite:///{server_dir / 'broker.db'}",
+            ("sqlite", "amqp", "amqps", "pyamqp", "redis", "rediss", "memory"),
+        ),
+        enqueue=read.choice("ENQUEUE", "strict", ENQUEUE_WAYS),
+        worker_id=environment.get("WORKER_ID") or f"{socket.gethostname()}-{os.getpid()}",
+        worker_supported_tasks=read.names("WORKER_SUPPORTED_TASKS"),
+        worker_poll_interval_s=read.number("WORKER_POLL_INTERVAL", 1.0, above=0),
+        lease_renew_s=lease_renew_s,
+        lease_timeout_s=lease_timeout_s,
+        max_deaths=read.whole("MAX_DEATHS", 3, least=1),
+        max_attempts=read.whole("MAX_ATTEMPTS", 3, least=1),
+        shutdown_grace_s=read.number("SHUTDOWN_GRACE_S", 300.0, above=0),
+        retention_days=read.number("RETENTION_DAYS", 30.0, above=0),
+        sqlite_mmap_bytes=read.whole("SQLITE_MMAP_BYTES", 256 * 2**20, least=0),
+        db_pool_size=read.whole("DB_POOL_SIZE", 5, least=1),
+        mirror=read.switch("MIRROR", default=True),
+        log_level=read.choice("LOG_LEVEL", "INFO", LOG_LEVELS, fold=str.upper),
+        log_format=read.choice("LOG_FORMAT", "console", ("console", "json")),
+        queue_strategy=read.strategies("QUEUE_STRATEGY"),
+        max_pixels=read.whole("MAX_PIXELS", 150_000_000, least=1),
+        max_frames=read.whole("MAX_FRAMES", 1000, least=1),
+        max_input_bytes=read.whole("MAX_INPUT_BYTES", 4 * GIB, least=1),
+        max_duration_s=read.number("MAX_DURATION_S", 4 * 3600.0, above=0),
+        media_roots=read.roots("MEDIA_ROOTS"),
+    )
+
+
+class _Reader:
+    """Turns one variable at a time into a value, or into a `SettingsError` that names it."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def number(self, name: str, default: float, *, above: float) -> float:
+        value = self._parse(name, default, float, "a number")
+        if not above < value < float("inf"):
+            raise SettingsError(f"{name}={self._environment[name]!r} must be above {above:g}; unset it for {default:g}")
+        return value
+
+    def whole(self, name: str, default: int, *, least: int) -> int:
+        value = self._parse(name, default, lambda text: int(float(text)), "a whole number")
+        if value < least:
+            raise SettingsError(f"{name}={self._environment[name]!r} must be {least} or more; unset it for {default}")
+        return value
+
+    def choice(self, name: str, default: str, allowed: tuple[str, ...], fold: Callable[[str], str] = str.lower) -> str:
+        value = fold(self._environment.get(name) or default)
+        if value not in allowed:
+            raise SettingsError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        return value
+
+    def switch(self, name: str, *, default: bool) -> bool:
+        value = (self._environment.get(name) or ("on" if default else "off")).lower()
+        if value in ("on", "1", "true", "yes"):
+            return True
+        if value in ("off", "0", "false", "no"):
+            return False
+        raise SettingsError(f"{name}={value!r} is neither on nor off")
+
+    def names(self, name: str) -> tuple[str, ...]:
+        parts = (part.strip() for part in self._environment.get(name, "").split(","))
+        return tuple(part for part in parts if part)
+
+    def roots(self, name: str) -> tuple[str, ...]:
+        roots = tuple(part for part in self._environment.get(name, "").split(os.pathsep) if part)
+        for root in roots:
+            if not Path(root).is_absolute():
+                raise SettingsError(
+                    f"{name} holds the relative path {root!r}; give absolute ones, {os.pathsep!r} between"
+                )
+        return roots
+
+    def url(self, name: str, default: str, schemes: tuple[str, ...]) -> str:
+        value = self._environment.get(name) or default
+        scheme = urlsplit(value.split(";", 1)[0]).scheme
+        if scheme.split("+", 1)[0] not in schemes:
+            known = ", ".join(f"{known}://" for known in schemes)
+            raise SettingsError(f"{name} starts with {scheme or 'no scheme'!r}; it can be one of {known}")
+        return value
+
+    def strategies(self, name: str) -> dict[str, str]:
+        """`image_resize=LIFO,*=PRIORITY`, or one word for all queues."""
+        strategies = {"*": "PRIORITY"}
+        for part in self.names(name):
+            queue, separator, strategy = part.partition("=")
+            if not separator:
+                queue, strategy = "*", part
+            if strategy.strip().upper() not in QUEUE_STRATEGIES:
+                raise SettingsError(
+                    f"{name} has {part!r}; choose one of {', '.join(QUEUE_STRATEGIES)}, as in image_resize=LIFO"
+                )
+            strategies[queue.strip()] = strategy.strip().upper()
+        return strategies
+
+    def _parse(self, name: str, default: T, convert: Callable[[str], T], what: str) -> T:
+        text = self._environment.get(name)
+        if not text:
+            return default
+        try:
+            return convert(text)
+        except (ValueError, OverflowError) as exc:
+            raise SettingsError(f"{name}={text!r} is not {what}; unset it for {default}") from exc
+
+
+def _user_data_dir(environment: Mapping[str, str]) -> str:
+    home = environment.get("HOME") or "~"
+    if sys.platform == "darwin":
+        return f"{home}/Library/Application Support/media-tasks"
+    return f"{environment.get('XDG_DATA_HOME') or home + '/.local/share'}/media-tasks"

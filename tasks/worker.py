@@ -1,0 +1,63 @@
+"""The worker: Celery's own, with its queues chosen by capability and its node named by WORKER_ID."""
+
+import logging
+from typing import Any
+
+from celery.apps.worker import Worker
+from celery.utils.nodenames import default_nodename, gethostname, nodename
+
+from tasks import capabilities
+from tasks.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+
+class MediaWorker(Worker):  # type: ignore[misc]  # celery has no types
+    """Serves `-Q`, else WORKER_SUPPORTED_TASKS, else every capability whose engines are installed."""
+
+    def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
+        app = app or self.app
+        if hostname is None or hostname == default_nodename(None):
+            app.worker_id = app.settings.worker_id
+            hostname = app.worker_id if "@" in app.worker_id else nodename(app.worker_id, gethostname())
+        else:
+            app.worker_id = hostname
+        super().__init__(app=app, hostname=hostname, **options)
+
+    def setup_queues(self, include: Any, exclude: Any = None) -> None:
+        """Choose the queues to serve.
+
+        Raises:
+            SettingsError: A name is unknown, or this installation lacks the engine for it.
+        """
+        self.app.load_capabilities()
+        asked = [str(name) for name in include or self.app.settings.worker_supported_tasks]
+        source = "-Q" if include else "WORKER_SUPPORTED_TASKS"
+        served = self._asked(asked, source) if asked else self._available()
+        super().setup_queues(served, exclude)
+
+    def _asked(self, asked: list[str], source: str) -> list[str]:
+        known = capabilities.names(self.app)
+        for name in asked:
+            if name not in known:
+                hint = capabilities.nearest(name, known)
+                if hint or source != "-Q":
+                    raise SettingsError(
+                        f"{source}: no capability is called {name}{hint or '; known: ' + ', '.join(known)}"
+                    )
+                logger.warning("-Q %s is no capability's queue; only jobs sent to it by name arrive there", name)
+            elif missing := capabilities.missing_engines(self.app.tasks[name]):
+                extra = self.app.tasks[name].extra or "all"
+                raise SettingsError(f"{source}: {name} needs {', '.join(missing)}; pip install 'media-tasks[{extra}]'")
+        return asked
+
+    def _available(self) -> list[str]:
+        served = []
+        for name in capabilities.names(self.app):
+            if missing := capabilities.missing_engines(self.app.tasks[name]):
+                logger.warning("%s is not served: %s is not installed", name, ", ".join(missing))
+            else:
+                served.append(name)
+        if not served:
+            raise SettingsError("this installation can serve no capability; pip install 'media-tasks[all]'")
+        return served
