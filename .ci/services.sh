@@ -51,6 +51,8 @@ provide() { # name port program package
     local name=$1 port=$2 program=$3 package=$4
     if answers "$port"; then
         echo "$name answers on port $port"
+        # Tests that stop or freeze a server start their own from the program.
+        command -v "$program" >/dev/null || apt_install "$package" || echo "$name: no program to start others with"
         return
     fi
     command -v "$program" >/dev/null || apt_install "$package"

@@ -55,10 +55,13 @@ def missing(what: str) -> NoReturn:
 
 @contextlib.contextmanager
 def required() -> Iterator[None]:
+    """Turn what is missing into the outcome of the test."""
     try:
         yield
+        return
     except services.ServiceMissing as exc:
-        missing(str(exc))
+        reason = str(exc)
+    missing(reason)
 
 
 @contextlib.contextmanager
@@ -69,10 +72,11 @@ def standard_or_private(
     if standard is not None:
         yield standard
         return
-    try:
-        server = private()
-    except services.ServiceMissing as exc:
-        missing(f"{name} gives no access on local port {port}, and {exc}")
+    with required():
+        try:
+            server = private()
+        except services.ServiceMissing as exc:
+            raise services.ServiceMissing(f"{name} gives no access on local port {port}, and {exc}") from None
     try:
         server.start()
         yield server.server
