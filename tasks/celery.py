@@ -1,5 +1,6 @@
 """The composition root: the one place where settings, database, broker, tasks and signals become an app."""
 
+import sys
 from typing import Any
 
 from celery import Celery, signals
@@ -9,10 +10,11 @@ from kombu.utils.uuid import uuid
 
 import tasks.broker
 from tasks import capabilities
+from tasks.errors import SettingsError
 from tasks.settings import Settings, settings
 
 
-class MediaTasks(Celery):  # type: ignore[misc]  # celery has no types
+class MediaTasks(Celery):
     """Celery, with a job table: `send_task` writes the row before the broker sees the job.
 
     Nothing is opened, read or started until it is used; a producer that only imports it does no I/O.
@@ -21,11 +23,11 @@ class MediaTasks(Celery):  # type: ignore[misc]  # celery has no types
     task_cls = "tasks.job:Job"
     _is_loaded = False
 
-    @cached_property  # type: ignore[untyped-decorator]  # kombu has no types
+    @cached_property
     def settings(self) -> Settings:
         return settings()
 
-    @cached_property  # type: ignore[untyped-decorator]
+    @cached_property
     def store(self) -> Any:
         """The `db.store.Store` of this process and its children."""
         from db.engine import Database
@@ -41,14 +43,21 @@ class MediaTasks(Celery):  # type: ignore[misc]  # celery has no types
             )
         )
 
-    @cached_property  # type: ignore[untyped-decorator]
+    def _load_config(self) -> Any:
+        """Celery's settings, once they are needed; a bad value stops a command with one line."""
+        try:
+            return super()._load_config()
+        except SettingsError as exc:
+            raise _for_people(exc) from exc
+
+    @cached_property
     def Worker(self) -> Any:  # noqa: N802 (Celery's name)
         return self.subclass_with_self("tasks.worker:MediaWorker")
 
-    @cached_property  # type: ignore[untyped-decorator]
+    @cached_property
     def worker_id(self) -> str:
         """Who claims jobs in this process: the worker whose main process this is, or its parent."""
-        return self.settings.worker_id
+        return str(self.settings.worker_id)
 
     def gen_task_name(self, name: str, module: str) -> str:  # noqa: ARG002 (Celery's signature)
         """A task is named by its function alone: its name is its queue and its capability."""
@@ -89,15 +98,26 @@ class MediaTasks(Celery):  # type: ignore[misc]  # celery has no types
             capabilities.load_installed()
 
 
+def _for_people(exc: SettingsError) -> Exception:
+    """The error itself; in a Celery command Click's, which ends it with the message instead of a traceback."""
+    if "click" in sys.modules:
+        import click
+
+        if click.get_current_context(silent=True) is not None:
+            return click.ClickException(str(exc))
+    return exc
+
+
 def on_import_modules(**_: Any) -> None:
     """Celery's worker and commands import what they need now."""
     app.load_capabilities()
 
 
 def on_celeryd_init(**_: Any) -> None:
-    """A worker starts: its rows are kept from here on. Wired here so that a producer never loads the mirror."""
-    from tasks import mirror
+    """A worker starts: what only workers need is loaded now."""
+    from tasks import logs, mirror
 
+    logs.connect(app.settings.log_format)
     mirror.connect(app)
 
 

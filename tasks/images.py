@@ -35,7 +35,7 @@ def _renditions_options(input: str, output_dir: str, **arguments: Any) -> Rendit
     return RenditionsOptions(**arguments)
 
 
-@app.task(**_IMAGE, validate=staticmethod(_resize_options))  # type: ignore[untyped-decorator]
+@app.task(**_IMAGE, validate=staticmethod(_resize_options))
 def image_resize(
     self: Job,
     input: InputPath,
@@ -78,7 +78,7 @@ def image_resize(
     return image.resize(input, output, options, **_hooks(self))
 
 
-@app.task(**_IMAGE, validate=staticmethod(_conversion_options))  # type: ignore[untyped-decorator]
+@app.task(**_IMAGE, validate=staticmethod(_conversion_options))
 def image_conversion(
     self: Job,
     input: InputPath,
@@ -115,7 +115,7 @@ def image_conversion(
     return image.convert(input, output, options, **_hooks(self))
 
 
-@app.task(**_IMAGE, validate=staticmethod(_renditions_options))  # type: ignore[untyped-decorator]
+@app.task(**_IMAGE, validate=staticmethod(_renditions_options))
 def image_renditions(
     self: Job,
     input: InputPath,

@@ -21,7 +21,7 @@ from celery.exceptions import Ignore
 
 from db.engine import patiently
 from db.store import Claim, Decision, NewJob
-from tasks.errors import AttemptLost, InvalidArguments, PathNotAllowed, TransientError, WorkerLost
+from tasks.errors import AttemptLost, InvalidArguments, MediaTasksError, PathNotAllowed, TransientError, WorkerLost
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ RETRY_FIRST_S: Final = 2.0
 RETRY_LONGEST_S: Final = 600.0
 
 
-class Job(Task):  # type: ignore[misc]  # celery has no types
+class Job(Task):
     """A task whose every change stands in the job table.
 
     Declare one with `@app.task`; its name is its queue and its capability. Annotate path arguments as `InputPath` and
@@ -52,6 +52,7 @@ class Job(Task):  # type: ignore[misc]  # celery has no types
     """
 
     abstract = True
+    throws = (MediaTasksError,)  # logged as one line: what was wrong with a file is no bug that needs a traceback
     validate: Callable[..., Any] | None = None
     requires: tuple[str, ...] = ()
     extra: str = ""
@@ -123,8 +124,7 @@ class Job(Task):  # type: ignore[misc]  # celery has no types
     @cached_property
     def path_names(self) -> frozenset[str]:
         """The names of the path arguments."""
-        function = inspect.unwrap(getattr(self.run, "__func__", self.run))
-        hints = get_type_hints(function, include_extras=True)
+        hints = get_type_hints(self.run, include_extras=True)
         return frozenset(name for name, hint in hints.items() if PATH in get_args(hint))
 
     def absolute(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

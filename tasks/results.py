@@ -5,8 +5,10 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from traceback import format_exception
 from typing import Any, Final
 
@@ -36,7 +38,7 @@ _STATES: Final = {
 }
 
 
-class JobBackend(BaseBackend):  # type: ignore[misc]  # celery has no types
+class JobBackend(BaseBackend):
     """Celery's result backend on the job table."""
 
     supports_native_join = True
@@ -290,14 +292,11 @@ def _exception(row: Any) -> BaseException:
     """The error of a row as an exception of its own type, where that is known here and takes one message."""
     if row["error_type"] == "TaskRevokedError":
         return TaskRevokedError(row["error_message"])
-    import sys
-
     cls = getattr(sys.modules.get(row["error_module"] or ""), row["error_type"] or "", None)
     if isinstance(cls, type) and issubclass(cls, Exception):
-        try:
-            return cls(row["error_message"])
-        except TypeError:
-            pass
+        with suppress(TypeError):
+            error: Exception = cls(row["error_message"])
+            return error
     return RuntimeError(f"{row['error_type']}: {row['error_message']}")
 
 

@@ -3,8 +3,10 @@
 import logging
 from typing import Any
 
+import click
 from celery.apps.worker import Worker
 from celery.utils.nodenames import default_nodename, gethostname, nodename
+from click.core import ParameterSource
 
 from tasks import capabilities
 from tasks.errors import SettingsError
@@ -12,11 +14,13 @@ from tasks.errors import SettingsError
 logger = logging.getLogger(__name__)
 
 
-class MediaWorker(Worker):  # type: ignore[misc]  # celery has no types
+class MediaWorker(Worker):
     """Serves `-Q`, else WORKER_SUPPORTED_TASKS, else every capability whose engines are installed."""
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
         app = app or self.app
+        if not _is_given("loglevel"):
+            options["loglevel"] = app.settings.log_level
         if hostname is None or hostname == default_nodename(None):
             app.worker_id = app.settings.worker_id
             hostname = app.worker_id if "@" in app.worker_id else nodename(app.worker_id, gethostname())
@@ -28,12 +32,15 @@ class MediaWorker(Worker):  # type: ignore[misc]  # celery has no types
         """Choose the queues to serve.
 
         Raises:
-            SettingsError: A name is unknown, or this installation lacks the engine for it.
+            click.UsageError: A name is unknown, or this installation lacks the engine for it.
         """
         self.app.load_capabilities()
         asked = [str(name) for name in include or self.app.settings.worker_supported_tasks]
         source = "-Q" if include else "WORKER_SUPPORTED_TASKS"
-        served = self._asked(asked, source) if asked else self._available()
+        try:
+            served = self._asked(asked, source) if asked else self._available()
+        except SettingsError as exc:
+            raise click.UsageError(str(exc)) from exc
         super().setup_queues(served, exclude)
 
     def _asked(self, asked: list[str], source: str) -> list[str]:
@@ -61,3 +68,9 @@ class MediaWorker(Worker):  # type: ignore[misc]  # celery has no types
         if not served:
             raise SettingsError("this installation can serve no capability; pip install 'media-tasks[all]'")
         return served
+
+
+def _is_given(option: str) -> bool:
+    """Whether a worker's option stands on its command line, rather than being Celery's default."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(option) is ParameterSource.COMMANDLINE

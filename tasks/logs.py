@@ -1,0 +1,51 @@
+"""What the log looks like: LOG_LEVEL, LOG_FORMAT, and no payloads in it.
+
+In: Celery's logging set-up of a worker. Out: the same with one JSON object a line if asked for, and without results.
+"""
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from celery import signals
+
+SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime)ss"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (ISO 8601, UTC), level, logger, process, message; of a task also task and task_id."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "process": record.processName,
+            "message": record.getMessage(),
+        }
+        if isinstance(record.args, dict) and "id" in record.args:
+            entry |= {"task": record.args.get("name"), "task_id": record.args["id"]}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def connect(log_format: str) -> None:
+    """Have Celery's loggers formatted as `log_format` (console or json) says, once they are set up."""
+    logging.getLogger("celery.app.trace").addFilter(_without_result)
+    if log_format == "json":
+        for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
+            signal.connect(_on_logger_set_up, dispatch_uid="media_tasks.log_format", weak=False)
+
+
+def _on_logger_set_up(logger: logging.Logger, **_: Any) -> None:
+    for handler in logger.handlers:
+        handler.setFormatter(JsonFormatter())
+
+
+def _without_result(record: logging.LogRecord) -> bool:
+    """Celery logs what a task returned; a result is the user's and stays in the table."""
+    if isinstance(record.args, dict) and "return_value" in record.args:
+        record.msg = SUCCEEDED
+    return True
