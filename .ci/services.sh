@@ -28,9 +28,15 @@ apt_install() { # package...
         echo "Missing and not installable here (this needs root and apt-get): $*" >&2
         return 1
     fi
-    [ -n "$is_updated" ] || apt-get update --quiet --quiet
+    local log
+    log=$(mktemp)
+    [ -n "$is_updated" ] || apt-get update >"$log" 2>&1 || true # a stale list may do
     is_updated=yes
-    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends "$@" >/dev/null
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@" >>"$log" 2>&1; then
+        cat "$log" >&2
+        return 1
+    fi
+    rm -f "$log"
 }
 
 start() { # name
@@ -38,12 +44,13 @@ start() { # name
         PostgreSQL)
             local version
             version=$(pg_lsclusters --no-header | awk '$2 == "main" { print $1 }' | tail -n 1)
-            [ -n "$version" ] || { version=$(ls /usr/lib/postgresql | sort -V | tail -n 1); pg_createcluster "$version" main; }
+            [ -n "$version" ] || { version=$(ls /usr/lib/postgresql | sort -V | tail -n 1); pg_createcluster "$version" main >/dev/null; }
             pg_ctlcluster --skip-systemctl-redirect "$version" main start
             ;;
         Redis) redis-server --daemonize yes --bind 127.0.0.1 --port 6379 --save "" --appendonly no --dir /tmp >/dev/null ;;
         RabbitMQ) rabbitmq-server -detached ;;
-        Mosquitto) mosquitto -d -c /etc/mosquitto/mosquitto.conf ;;
+        # Debian's own configuration needs folders that only its init script makes. Without one, it listens locally.
+        Mosquitto) mosquitto -d -p 1883 ;;
     esac
 }
 
