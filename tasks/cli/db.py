@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from db import maintenance, schema
 from tasks.cli.app import with_app
 
 
@@ -18,26 +17,34 @@ def db() -> None:
 @with_app
 def upgrade(app: Any) -> None:
     """Make the tables, or bring them up to this release. Safe to repeat."""
+    from db import schema
+
     database = app.store.database
     before = schema.current_version(database)
     schema.upgrade(database)
-    click.echo(f"{database}: schema {before or 'none'} -> {schema.current_version(database)}")
+    after = schema.current_version(database)
+    changed = f"schema {after}, as before" if before == after else f"schema {before or 'none'} -> {after}"
+    click.echo(f"{database}: {changed}")
 
 
 @db.command()
 @with_app
 def stats(app: Any) -> None:
-    """Jobs by task and status, and the sizes of the tables."""
+    """Jobs by task and status, rows of each table, and the sizes of the file and its log."""
+    from db import maintenance
+
     for task_type, counts in sorted(app.store.counts().items()):
-        click.echo(f"{task_type:24} " + "  ".join(f"{status} {jobs}" for status, jobs in sorted(counts.items())))
+        click.echo(f"{task_type:24} " + "  ".join(f"{status} {jobs:,}" for status, jobs in sorted(counts.items())))
     for name, value in maintenance.sizes(app.store.database).items():
-        click.echo(f"{name:24} {value}")
+        click.echo(f"{name:24} {value:,}")
 
 
 @db.command()
 @with_app
 def pragmas(app: Any) -> None:
     """The settings of the SQLite file as they are in force."""
+    from db import maintenance
+
     for name, value in maintenance.pragmas(app.store.database).items():
         click.echo(f"{name:20} {value}")
 
@@ -46,6 +53,8 @@ def pragmas(app: Any) -> None:
 @with_app
 def checkpoint(app: Any) -> None:
     """Move the write-ahead log into the SQLite file and empty it."""
+    from db import maintenance
+
     moved, left = maintenance.checkpoint(app.store.database)
     click.echo(f"{moved} pages moved, {left} left in the log" + (" (readers hold them; try again)" if left else ""))
 
@@ -54,6 +63,8 @@ def checkpoint(app: Any) -> None:
 @with_app
 def vacuum(app: Any) -> None:
     """Give free pages back to the file system."""
+    from db import maintenance
+
     before, after = maintenance.vacuum(app.store.database)
     click.echo(f"{before:,} bytes -> {after:,} bytes")
 
@@ -63,5 +74,7 @@ def vacuum(app: Any) -> None:
 @with_app
 def backup(app: Any, target: Path) -> None:
     """Copy the SQLite file, consistent while workers go on, to TARGET (which must not exist)."""
+    from db import maintenance
+
     size_bytes = maintenance.backup(app.store.database, target)
     click.echo(f"{target}: {size_bytes:,} bytes")

@@ -1,22 +1,39 @@
 """`celery -A tasks jobs list | show`: what the job table says."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from db.models import Status
-from tasks.cli.app import with_app
+from tasks.cli.app import UNLIMITED_COLUMNS, ParamType, console_for, printable, with_app
 
-COLOURS = {
-    Status.COMPLETED: "green",
-    Status.FAILED: "red",
-    Status.CANCELLED: "yellow",
-    Status.RUNNING: "cyan",
-    Status.CLAIMED: "cyan",
-    Status.QUEUED: "white",
-}
+if TYPE_CHECKING:
+    from rich.text import Text
+
+WIDE_COLUMNS = 120
+SHORT_ID = 8
+HIDDEN = ("message", "id", "in_chord", "sequence")
+
+
+class _StatusName(ParamType):
+    """A status of the job table, which is loaded only when it is needed."""
+
+    name = "status"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002 (Click's)
+        from db.models import Status
+
+        return f"[{'|'.join(Status)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from db.models import Status
+
+        try:
+            return Status(str(value).lower())
+        except ValueError:
+            self.fail(f"{value!r} is no status; choose one of {', '.join(Status)}", param, ctx)
 
 
 @click.group()
@@ -25,77 +42,192 @@ def jobs() -> None:
 
 
 @jobs.command("list")
-@click.option("--status", type=click.Choice([status.value for status in Status]))
-@click.option("--task", "task_type", help="Only this capability.")
+@click.option("--status", type=_StatusName(), help="Only jobs that stand there.")
+@click.option("--task", "task_type", metavar="CAPABILITY", help="Only jobs of this capability.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with every column.")
+@click.pass_context
 @with_app
-def list_jobs(app: Any, status: str | None, task_type: str | None, limit: int, as_json: bool) -> None:
-    """The newest jobs first."""
-    rows = app.store.jobs(status=Status(status) if status else None, task_type=task_type, limit=limit)
+def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, limit: int, as_json: bool) -> None:
+    """The newest jobs first. `jobs show` takes the ids as they stand here."""
+    rows = app.store.jobs(status=status, task_type=task_type, limit=limit)
     if as_json:
         for row in rows:
             click.echo(_as_json(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("job", "task", "status", "%", "attempt", "worker", "created", "took", "error")
-    for row in rows:
-        colour = COLOURS[Status(row["status"])]
-        table.add_row(
-            row["job_id"],
-            row["task_type"],
-            f"[{colour}]{row['status']}[/]",
-            f"{row['progress']:.0f}",
-            str(row["attempt"]),
-            row["claimed_by"] or "",
-            f"{row['created_at'].astimezone():%m-%d %H:%M:%S}",
-            _took(row),
-            row["error_type"] or "",
-        )
-    Console().print(table)
+    elif rows:
+        _print_table(ctx, rows)
+    else:
+        click.echo(_nothing_found(app, status, task_type), err=True)
 
 
 @jobs.command("show")
 @click.argument("job_id")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: the row, and its changes as `logs`.")
+@click.pass_context
 @with_app
-def show_job(app: Any, job_id: str, as_json: bool) -> None:
+def show_job(app: Any, ctx: click.Context, job_id: str, as_json: bool) -> None:
     """One job: its row, and every change in order. The first characters of the id are enough."""
-    row = app.store.job(job_id)
-    if row is None:
-        found = app.store.jobs(id_prefix=job_id, limit=2)
-        if len(found) != 1:
-            raise click.ClickException(f"{'several jobs start' if found else 'no job starts'} with {job_id!r}")
-        row = found[0]
+    row = app.store.job(job_id) or _by_prefix(app.store, job_id)
     logs = app.store.logs(row["job_id"])
     if as_json:
         click.echo(_as_json({**row, "logs": [dict(log) for log in logs]}))
         return
+    console = console_for(ctx)
+    width = max(map(len, row)) + 2
     for name, value in row.items():
-        if value not in (None, "") and name not in ("message", "id", "in_chord", "sequence"):
-            click.echo(f"{name:14} {_shown(value)}")
-    click.echo("\nchanges")
+        if value not in (None, "") and name not in HIDDEN:
+            text = _status(value) if name == "status" else _shown(value)
+            console.print(f"{name:{width}}", text, sep="", markup=False, soft_wrap=True)
+    _print_changes(console, logs)
+
+
+def _print_table(ctx: click.Context, rows: Sequence[Any]) -> None:
+    """Ids, statuses and times are always whole; what is free text gives way, at its end."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    console = console_for(ctx)
+    is_wide = console.width >= WIDE_COLUMNS
+    id_length = max(map(len, (row["job_id"] for row in rows))) if is_wide else _id_length(rows)
+    box = SIMPLE_HEAD if console.width < UNLIMITED_COLUMNS else None
+    table = Table(box=box, show_edge=False, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
+    for name in ("job", "task", "status"):
+        table.add_column(name, no_wrap=name != "task")
+    table.add_column("took", justify="right", no_wrap=True)
+    table.add_column("created", no_wrap=True)
+    if is_wide:
+        table.add_column("attempt", justify="right", no_wrap=True)
+        table.add_column("worker")
+    table.add_column("note")
+    for row in rows:
+        cells: list[str | Text] = [
+            printable(row["job_id"][:id_length]),
+            _cut(row["task_type"]),
+            _status(row["status"], row["progress"]),
+            _took(row),
+            _created(row["created_at"]),
+        ]
+        if is_wide:
+            cells += [str(row["attempt"]), _cut(row["claimed_by"] or "")]
+        table.add_row(*cells, _cut(_note(row, is_wide)))
+    console.print(table, markup=False)
+
+
+def _print_changes(console: Any, logs: Sequence[Any]) -> None:
+    console.print("\nchanges")
+    if not logs:
+        return
+    start = logs[0]["created_at"]
+    worker_width = max(len(log["worker_id"] or "") for log in logs)
     for log in logs:
-        details = f" {_shown(log['details'])}" if log["details"] else ""
-        click.echo(
-            f"{log['sequence']:4} {log['created_at'].astimezone():%H:%M:%S.%f} {log['event_type']:12} "
-            f"{log['worker_id'] or '':24} {log['message'] or ''}{details}"
+        details = dict(log["details"] or {})
+        traceback = details.pop("traceback", None)
+        since_s = (log["created_at"] - start).total_seconds()
+        said = [printable(log["message"]) if log["message"] else "", _shown(details) if details else ""]
+        line = (
+            f"{log['sequence']:4}  {log['created_at'].astimezone():%H:%M:%S.%f}  +{since_s:<9.3f} "
+            f"{log['event_type']:11} {log['worker_id'] or '':{worker_width}}  {' '.join(filter(None, said))}"
         )
+        console.print(line.rstrip(), markup=False, soft_wrap=True)
+        for line in (traceback or "").splitlines():
+            console.print(f"        {printable(line)}", markup=False, soft_wrap=True)
+
+
+def _by_prefix(store: Any, prefix: str) -> Any:
+    found = store.jobs(id_prefix=prefix, limit=6) if prefix else []
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise click.ClickException(f"no job's id starts with {prefix!r}; celery -A tasks jobs list shows them")
+    ids = [printable(row["job_id"]) for row in found]
+    more = ", ..." if len(ids) > 5 else ""
+    raise click.ClickException(f"several ids start with {prefix!r}: {', '.join(ids[:5])}{more}")
+
+
+def _nothing_found(app: Any, status: Any, task_type: str | None) -> str:
+    if task_type is not None:
+        from tasks import capabilities
+
+        app.load_capabilities()
+        known = capabilities.names(app)
+        if task_type not in known:
+            return f"no job of {task_type}, and no capability has that name{capabilities.nearest(task_type, known)}"
+    if status is not None or task_type is not None:
+        return f"no {' '.join(filter(None, [status, task_type]))} jobs"
+    return "no jobs yet; submit one: celery -A tasks submit image_resize in.jpg out.webp --width 800 --wait"
+
+
+def _id_length(rows: Sequence[Any]) -> int:
+    """As few characters, from 8 on, as tell the listed ids apart."""
+    ids = [row["job_id"] for row in rows]
+    for length in range(SHORT_ID, max(map(len, ids))):
+        if len({job_id[:length] for job_id in ids}) == len(ids):
+            return length
+    return max(map(len, ids))
+
+
+def _note(row: Any, is_wide: bool) -> str:
+    """What one wants to know next: why it failed, who has it, or when it is due."""
+    from db.models import Status
+
+    status = Status(row["status"])
+    if status in (Status.FAILED, Status.CANCELLED) and row["error_type"]:
+        folder, separator, _ = str(row["parameters"].get("input", "")).rpartition("/")
+        return f"{row['error_type']}: {row['error_message']}".replace(folder + separator, "" if folder else separator)
+    if status in (Status.CLAIMED, Status.RUNNING):
+        return row["stage"] or ("" if is_wide else f"on {row['claimed_by']}")
+    if status is Status.QUEUED and (row["retry_count"] or row["run_after_utc"]):
+        retry = f"retry {row['retry_count']} after {row['error_type'] or 'an error'}" if row["retry_count"] else ""
+        due = f"due {_created(row['run_after_utc'])}" if row["run_after_utc"] else ""
+        return ", ".join(filter(None, [retry, due]))
+    return ""
 
 
 def _took(row: Any) -> str:
-    if row["started_at"] is None or row["completed_at"] is None:
+    if row["started_at"] is None or row["completed_at"] is None or row["completed_at"] < row["started_at"]:
         return ""
     return f"{(row['completed_at'] - row['started_at']).total_seconds():.2f} s"
+
+
+def _created(at: datetime) -> str:
+    """The time of day, here; with its date unless that is today."""
+    here = at.astimezone()
+    is_today = here.date() == datetime.now().astimezone().date()
+    return f"{here:%H:%M:%S}" if is_today else f"{here:%m-%d %H:%M}"
+
+
+def _status(status: str, progress: float = 0.0) -> "Text":
+    from rich.text import Text
+
+    from db.models import Status
+
+    colours = {
+        Status.CLAIMED: "cyan",
+        Status.RUNNING: "cyan",
+        Status.COMPLETED: "green",
+        Status.FAILED: "red",
+        Status.CANCELLED: "yellow",
+    }
+    percent = f" {progress:.0f} %" if status == Status.RUNNING and progress else ""
+    return Text(status + percent, style=colours.get(Status(status), ""))
+
+
+def _cut(text: str) -> "Text":
+    """Free text on one line: where there is no room, its end gives way to an ellipsis."""
+    from rich.text import Text
+
+    return Text(printable(text), no_wrap=True, overflow="ellipsis")
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, datetime):
         return value.astimezone().isoformat(sep=" ", timespec="milliseconds")
-    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
+    return json.dumps(value, default=_plain) if isinstance(value, (dict, list)) else printable(str(value))
 
 
 def _as_json(row: Any) -> str:
-    return json.dumps(dict(row), default=str)
+    return json.dumps(dict(row), default=_plain)
+
+
+def _plain(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)

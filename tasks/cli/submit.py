@@ -2,32 +2,35 @@
 
 import inspect
 import json
-import types
-from collections.abc import Sequence
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
-from celery.exceptions import TimeoutError as ResultTimeout
-from celery.result import AsyncResult
 
-from db.models import Status
-from tasks import capabilities
-from tasks.cli.app import readable_errors
-from tasks.job import Job
+from tasks.cli.app import ParamType, app_of, console_for, printable, readable_errors
 
-POLL_S = 0.1
+if TYPE_CHECKING:
+    from celery.result import AsyncResult
+
+    from tasks.job import Job
+
+LOOK_FOR_WORKERS_EVERY_S = 2.0
 
 
 class _Capabilities(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
+        from tasks import capabilities
+
         return capabilities.names(_app(ctx))
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        from tasks import capabilities
+
         app = _app(ctx)
-        if name not in capabilities.names(app):
-            raise click.UsageError(
-                f"no capability is called {name}{capabilities.nearest(name, capabilities.names(app))}", ctx
-            )
+        known = capabilities.names(app)
+        if name not in known:
+            hint = capabilities.nearest(name, known) or f"; known: {', '.join(known)}"
+            raise click.ClickException(f"no capability is called {printable(name)}{hint}")
         return _command_of(app.tasks[name])
 
 
@@ -37,115 +40,228 @@ def submit() -> None:
 
 
 def _app(ctx: click.Context) -> Any:
-    app = ctx.find_root().obj.app
-    app.load_capabilities()
+    app = app_of(ctx)
+    with readable_errors():
+        app.load_capabilities()
     return app
 
 
-def _command_of(task: Job) -> click.Command:
-    hints = get_type_hints(inspect.unwrap(getattr(task.run, "__func__", task.run)), include_extras=True)
-    described = _described(task.__doc__ or "")
-    parameters: list[click.Parameter] = []
-    for name, parameter in task.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            continue
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            parameters.append(_option(name, parameter, hints.get(name, str), described.get(name)))
-        else:
-            parameters.append(click.Argument([name], required=parameter.default is inspect.Parameter.empty))
+def _command_of(task: "Job") -> click.Command:
+    summary, described = _documentation(task.__doc__ or "")
+    parameters = _declared(task, described)
     parameters += [
-        click.Option(["--priority"], type=click.IntRange(1, 10), help="10 runs first (default 5)."),
-        click.Option(["--wait/--no-wait"], default=False, help="Show progress until the job has ended."),
-        click.Option(["--timeout"], type=float, help="With --wait: seconds to wait at most."),
+        _own(task, "priority", type=click.IntRange(1, 10), help="10 runs first.  [default: 5]"),
+        _own(task, "wait", is_flag=True, help="Show progress until the job has ended; fail if it failed."),
+        _own(task, "timeout", type=click.FloatRange(min=0), help="With --wait: seconds to wait at most."),
     ]
 
-    def run(*, priority: int | None, wait: bool, timeout: float | None, **arguments: Any) -> None:
-        given = {name: value for name, value in arguments.items() if value is not None and value != ()}
+    def run(*, job_priority: int | None, job_wait: bool, job_timeout: float | None, **given: Any) -> None:
+        arguments = {name: value for name, value in given.items() if value is not None}
         with readable_errors():
-            result = task.apply_async(kwargs=given, priority=priority)
-            if wait:
-                _wait(task.app.store, result, timeout)
-            else:
-                click.echo(result.id)
+            result = task.apply_async(kwargs=arguments, priority=job_priority)
+            if job_wait:
+                _wait(task, result, job_timeout)
+                return
+            click.echo(result.id)
+            if not _has_worker(task):
+                click.echo(f"queued; {_no_worker(task)}", err=True)
 
-    summary = (task.__doc__ or "").split("Args:")[0].strip()
     return click.Command(task.name, params=parameters, callback=run, help=summary)
 
 
-def _option(name: str, parameter: inspect.Parameter, hint: Any, text: str | None) -> click.Option:
-    flag = "--" + name.replace("_", "-")
-    is_required = parameter.default is inspect.Parameter.empty
-    kind, is_many = _kind_of(hint)
+def _own(task: "Job", name: str, **options: Any) -> click.Option:
+    """An option of `submit` itself. A capability may have an argument of the same name: its own goes first."""
+    flag = f"--job-{name}" if name in task.parameters else f"--{name}"
+    return click.Option([flag, f"job_{name}"], **options)
+
+
+# From a declaration to options
+
+
+def _declared(task: "Job", described: Mapping[str, str]) -> list[click.Parameter]:
+    """An argument or option for each parameter of the body."""
+    from typing import get_type_hints
+
+    body: Any = task.run
+    hints = get_type_hints(inspect.unwrap(getattr(body, "__func__", body)))
+    declared: list[click.Parameter] = []
+    for name, parameter in task.parameters.items():
+        if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+            continue
+        is_required = parameter.default is inspect.Parameter.empty
+        kind = _kind_of(hints.get(name, str))
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            declared.append(_option(name, kind, parameter.default, is_required, described.get(name, "")))
+        else:
+            declared.append(click.Argument([name], type=kind, required=is_required))
+    return declared
+
+
+def _option(name: str, kind: Any, default: Any, is_required: bool, text: str) -> click.Option:
+    flag = name.replace("_", "-")
+    help_text = " ".join(filter(None, [text, "Comma-separated." if isinstance(kind, _List) else ""]))
+    if not is_required and default is not None:
+        shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default).lower()
+        help_text += f"  [default: {shown}]"
     if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=text)
-    if is_many:
-        return click.Option([flag, name], type=_List(kind), required=is_required, help=f"{text or ''} Comma-separated.")
-    default = "" if parameter.default in (None, inspect.Parameter.empty) else f" [{parameter.default}]"
-    return click.Option([flag, name], type=kind, required=is_required, help=(text or "") + default)
+        return click.Option([f"--{flag}/--no-{flag}", name], default=None, required=is_required, help=help_text)
+    return click.Option([f"--{flag}", name], type=kind, required=is_required, help=help_text)
 
 
-def _kind_of(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether the option takes several: int for `int | None`, (str, True) for a sequence."""
+def _kind_of(hint: Any) -> Any:
+    """How Click reads a value: an int for `int | None`, a choice for a Literal, a list for a sequence."""
+    import types
+    from typing import Annotated, Literal, Union, get_args, get_origin
+
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _kind_of(arguments[0])
+    if origin is Literal:
+        return click.Choice([str(argument) for argument in arguments]) if _are_texts(arguments) else _Item(object)
     if origin in (Union, types.UnionType):
         kinds = [argument for argument in arguments if argument is not type(None)]
-        return _kind_of(kinds[0]) if len(kinds) == 1 else (object, False)
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return _kind_of(arguments[0])[0], True
-    return (hint if hint in (int, float, bool, str) else str), False
+        return _kind_of(kinds[0]) if len(kinds) == 1 else _Item(object)
+    container = origin or hint
+    if isinstance(container, type) and not issubclass(container, str):
+        if issubclass(container, Mapping):
+            return _Json()
+        if issubclass(container, Sequence):
+            return _List(arguments[0] if arguments else str)
+    return hint if hint in (int, float, bool, str) else _Item(object) if hint in (object, Any) else str
 
 
-class _List(click.ParamType):
-    """`400,800,1600x900`: whole numbers become numbers unless the items are text."""
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+class _Item(ParamType):
+    """A value that may be a number or text: a whole number becomes one, unless text is what was declared."""
+
+    name = "value"
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or self._kind is str:
+            return value
+        if self._kind in (int, float):
+            return click.types.convert_type(self._kind).convert(value, param, ctx)
+        return int(value) if value.isascii() and value.removeprefix("-").isdecimal() else value
+
+
+class _List(ParamType):
+    """`400,800,1600x900`."""
 
     name = "list"
 
-    def __init__(self, kind: type) -> None:
-        self._kind = kind
+    def __init__(self, kind: Any) -> None:
+        self._item = _Item(kind)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002 (Click's)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        items = [item.strip() for item in value.split(",") if item.strip()]
-        return [int(item) if self._kind is not str and item.isdecimal() else item for item in items]
+        items = (item.strip() for item in value.split(","))
+        return [self._item.convert(item, param, ctx) for item in items if item]
 
 
-def _described(docstring: str) -> dict[str, str]:
-    """The lines of a docstring's Args section, by argument."""
-    lines = docstring.partition("Args:")[2].splitlines()
-    pairs = (line.strip().partition(": ") for line in lines)
-    return {name: text for name, separator, text in pairs if separator and name.isidentifier()}
+class _Json(ParamType):
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            document = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            self.fail(f"""{value!r} is no JSON object such as '{{"key": 1}}'""", param, ctx)
+        return document
 
 
-def _wait(store: Any, result: AsyncResult, timeout_s: float | None) -> None:
-    """Show the job's progress until it has ended; exit 1 if it failed."""
-    from rich.console import Console
+def _documentation(docstring: str) -> tuple[str, dict[str, str]]:
+    """What stands before a docstring's Args section, and its Args by name; a deeper line goes on with the one above."""
+    text, _, section = inspect.cleandoc(docstring).partition("Args:\n")
+    described: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        head, separator, rest = line.strip().partition(": ")
+        if separator and head.isidentifier() and not line.startswith(" " * 8):
+            name = head
+            described[name] = rest
+        elif name and line.strip():
+            described[name] += f" {line.strip()}"
+    return text.strip(), described
+
+
+# Waiting
+
+
+def _wait(task: "Job", result: "AsyncResult", timeout_s: float | None) -> None:
+    """Show the job's progress until it has ended; print its result, or fail with its error."""
+    from celery.exceptions import TimeoutError as ResultTimeout
+
+    from db.models import Status
+
+    if not task.app.is_recorded(task.name):
+        raise click.ClickException(f"{result.id} is submitted; with MIRROR=off nobody can wait for it")
+    look = f"celery -A tasks jobs show {result.id}"
+    try:
+        value = _followed(task, result, timeout_s)
+    except ResultTimeout:
+        raise click.ClickException(f"{result.id} has not ended within {timeout_s:g} s and goes on: {look}") from None
+    except KeyboardInterrupt:
+        raise click.ClickException(f"no longer waiting; {result.id} goes on: {look}") from None
+    row = task.app.store.job(result.id)
+    if row["status"] != Status.COMPLETED:
+        raise click.ClickException(
+            f"{result.id} {row['status']}: {row['error_type']}: {printable(row['error_message'])}"
+        )
+    click.echo(json.dumps(value, indent=2))
+
+
+def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> Any:
+    """The job's result, or its error, once it has ended; a bar on stderr shows the way there."""
+    import time
+
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    store = task.app.store
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(result.id, total=100)
+    with Progress(*columns, console=console_for(click.get_current_context(), stderr=True)) as bars:
+        bar = bars.add_task(task.name, total=100)
+        looked_at = time.monotonic()
 
         def show() -> None:
+            nonlocal looked_at
             row = store.job(result.id)
-            bars.update(bar, completed=row["progress"], description=f"{row['task_type']} {row['status']}")
+            if row is None:
+                return
+            bars.update(bar, completed=row["progress"], description=f"{task.name} {row['status']}")
+            if row["status"] == "queued" and time.monotonic() - looked_at > LOOK_FOR_WORKERS_EVERY_S:
+                looked_at = time.monotonic()
+                if not _has_worker(task):
+                    bars.update(bar, description=f"{task.name} queued; {_no_worker(task)}")
 
         try:
-            value = result.get(timeout=timeout_s, on_interval=show, propagate=False)
-        except ResultTimeout:
+            return result.get(timeout=timeout_s, on_interval=show, propagate=False)
+        finally:
             show()
-            raise click.ClickException(
-                f"{result.id} has not ended within {timeout_s:g} s; it goes on: celery -A tasks jobs show {result.id}"
-            ) from None
-        show()
-    row = store.job(result.id)
-    if row["status"] != Status.COMPLETED:
-        raise click.ClickException(f"{result.id} {row['status']}: {row['error_type']}: {row['error_message']}")
-    click.echo(json.dumps(value, indent=2))
+
+
+def _has_worker(task: "Job") -> bool:
+    return not task.app.is_recorded(task.name) or any(
+        task.name in worker["capabilities"] for worker in task.app.live_workers()
+    )
+
+
+def _no_worker(task: "Job") -> str:
+    return f"no live worker serves {task.name}: celery -A tasks worker -Q {task.name}"
