@@ -4,7 +4,7 @@
     tasks.broker.register()
     app = Celery(broker="sqlite:////var/lib/media/broker.db")
 
-Four slashes begin an absolute path, three a relative one. Producers and workers name the same file; `transport_options`:
+Four slashes begin an absolute path, three a relative one. Producers and workers name the same file. Transport options:
 
 - `queue_strategy`: claim order per queue, `{"image_resize": "LIFO", "*": "PRIORITY"}`; FIFO, LIFO or PRIORITY (the
   default; higher numbers first). The key is computed when a message is put, so producers need the same setting.

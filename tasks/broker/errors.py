@@ -12,7 +12,7 @@ from pathlib import Path
 from kombu.exceptions import OperationalError
 
 
-class BrokerError(OperationalError):  # type: ignore[misc]  # kombu is untyped
+class BrokerError(OperationalError):
     """Root of the broker's errors."""
 
 

@@ -54,11 +54,8 @@ CREATE INDEX IF NOT EXISTS messages_correlation ON messages (correlation_id) WHE
 CREATE TRIGGER IF NOT EXISTS message_put AFTER INSERT ON messages BEGIN
     INSERT INTO queues (name, ready) VALUES (NEW.queue, 1) ON CONFLICT (name) DO UPDATE SET ready = ready + 1;
 END;
-CREATE TRIGGER IF NOT EXISTS message_reserved AFTER UPDATE OF owner ON messages WHEN OLD.owner IS NULL AND NEW.owner IS NOT NULL BEGIN
-    UPDATE queues SET ready = ready - 1 WHERE name = NEW.queue;
-END;
-CREATE TRIGGER IF NOT EXISTS message_requeued AFTER UPDATE OF owner ON messages WHEN OLD.owner IS NOT NULL AND NEW.owner IS NULL BEGIN
-    UPDATE queues SET ready = ready + 1 WHERE name = NEW.queue;
+CREATE TRIGGER IF NOT EXISTS message_moved AFTER UPDATE OF owner ON messages BEGIN
+    UPDATE queues SET ready = ready - (OLD.owner IS NULL) + (NEW.owner IS NULL) WHERE name = NEW.queue;
 END;
 CREATE TRIGGER IF NOT EXISTS message_deleted AFTER DELETE ON messages WHEN OLD.owner IS NULL BEGIN
     UPDATE queues SET ready = ready - 1 WHERE name = OLD.queue;
@@ -69,12 +66,26 @@ _PUT = """
 INSERT INTO messages (queue, priority, "order", expires_at, correlation_id, envelope, body) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 _NEXT = """
-(SELECT id FROM messages WHERE queue = ? AND owner IS NULL ORDER BY priority DESC, "order", id LIMIT ?)
+WHERE id IN (SELECT id FROM messages WHERE queue = ? AND owner IS NULL ORDER BY priority DESC, "order", id LIMIT ?)
 """
-_DELIVERY = 'RETURNING priority, "order", id, queue, deliveries, envelope, body'
-_RESERVE = f"UPDATE messages SET owner = ?, deliveries = deliveries + 1 WHERE id IN {_NEXT} {_DELIVERY}"
-_TAKE = f"DELETE FROM messages WHERE id IN {_NEXT} {_DELIVERY}"
+_RETURNING = 'RETURNING priority, "order", id, queue, deliveries, envelope, body'
+_RESERVE = "UPDATE messages SET owner = ?, deliveries = deliveries + 1" + _NEXT + _RETURNING  # noqa: S608  # constants
+_TAKE = "DELETE FROM messages" + _NEXT + _RETURNING  # noqa: S608  # constants
+_PURGE = "DELETE FROM messages" + _NEXT  # noqa: S608  # constants
 _EXPIRE = "DELETE FROM messages WHERE expires_at <= ? AND owner IS NULL"
+_EXPIRED = "SELECT 1 FROM messages WHERE expires_at <= ? AND owner IS NULL LIMIT 1"
+_UNUSED_QUEUES = """
+SELECT name FROM queues WHERE used_at + expires_s <= ? AND NOT EXISTS (SELECT 1 FROM consumers WHERE queue = name)
+"""
+_DECLARE = """
+INSERT INTO queues (name, auto_delete, owner, message_ttl_s, expires_s, used_at) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (name) DO UPDATE SET auto_delete = excluded.auto_delete, owner = excluded.owner,
+    message_ttl_s = excluded.message_ttl_s, expires_s = excluded.expires_s, used_at = excluded.used_at
+"""
+_OWNERS = """
+SELECT owner FROM messages WHERE owner IS NOT NULL
+UNION SELECT owner FROM consumers UNION SELECT owner FROM queues WHERE owner IS NOT NULL
+"""
 
 # A strategy turns a message's priority and the time into the two leading columns of the claim order: higher priority
 # first, then lower order, then lower id. It runs when the message is put, so claiming is one step in one index.
@@ -106,10 +117,13 @@ class MessageStore:
         ValueError: a strategy has an unknown name.
     """
 
-    def __init__(self, path: Path, *, queue_strategy: Mapping[str, str], busy_timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, path: Path, *, queue_strategy: Mapping[str, str] | None = None, busy_timeout_s: float = 5.0
+    ) -> None:
+        queue_strategy = queue_strategy or {}
         if unknown := set(queue_strategy.values()) - set(STRATEGIES):
             raise ValueError(f"queue_strategy {', '.join(sorted(unknown))}: use one of {', '.join(STRATEGIES)}")
-        self._strategies = {"*": "PRIORITY"} | dict(queue_strategy)
+        self._strategies = {"*": "PRIORITY", **queue_strategy}
         self._database = Database(path, schema=SCHEMA, version=VERSION, busy_timeout_s=busy_timeout_s)
         self.open = self._database.open
         self.close = self._database.close
@@ -144,12 +158,9 @@ class MessageStore:
 
     def ready(self, queues: Collection[str]) -> set[str]:
         """Tell which of the queues have messages to reserve. Takes no lock."""
+        find = "SELECT 1 FROM queues WHERE name = ? AND ready > 0"
         with self._database.transaction(write=False) as db:
-            marks = ",".join("?" * len(queues))
-            return {
-                name
-                for (name,) in db.execute(f"SELECT name FROM queues WHERE ready > 0 AND name IN ({marks})", (*queues,))
-            }
+            return {queue for queue in queues if db.execute(find, (queue,)).fetchone()}
 
     def reserve(self, queue: str, owner: str, limit: int) -> list[Delivery]:
         """Give the next messages to an owner, until it acknowledges or requeues them, or dies."""
@@ -187,7 +198,7 @@ class MessageStore:
         purged, batch = 0, _PURGE_BATCH
         while batch == _PURGE_BATCH:
             with self._database.transaction() as db:
-                batch = db.execute(f"DELETE FROM messages WHERE id IN {_NEXT}", (queue, _PURGE_BATCH)).rowcount
+                batch = db.execute(_PURGE, (queue, _PURGE_BATCH)).rowcount
                 purged += batch
         return purged
 
@@ -204,18 +215,13 @@ class MessageStore:
     ) -> None:
         """Make a queue, or change it. With an owner it is exclusive and goes when that owner does."""
         with self._database.transaction() as db:
-            db.execute(
-                """INSERT INTO queues (name, auto_delete, owner, message_ttl_s, expires_s, used_at)
-                VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET (auto_delete, owner, message_ttl_s, expires_s,
-                used_at) = (excluded.auto_delete, excluded.owner, excluded.message_ttl_s, excluded.expires_s, excluded.used_at)
-                """,
-                (queue, auto_delete, owner, message_ttl_s, expires_s, time.time()),
-            )
+            db.execute(_DECLARE, (queue, auto_delete, owner, message_ttl_s, expires_s, time.time()))
 
     def exclusive_owner(self, queue: str) -> str | None:
         with self._database.transaction(write=False) as db:
-            row = db.execute("SELECT owner FROM queues WHERE name = ?", (queue,)).fetchone()
-            return row and row[0]
+            for (owner,) in db.execute("SELECT owner FROM queues WHERE name = ?", (queue,)):
+                return str(owner) if owner is not None else None
+            return None
 
     def sizes(self) -> dict[str, int]:
         """Ready messages by queue; empty queues are listed too."""
@@ -225,8 +231,8 @@ class MessageStore:
     def size(self, queue: str) -> int | None:
         """Ready messages, or None if there is no such queue."""
         with self._database.transaction(write=False) as db:
-            row = db.execute("SELECT ready FROM queues WHERE name = ?", (queue,)).fetchone()
-            return row and row[0]
+            row: tuple[int] | None = db.execute("SELECT ready FROM queues WHERE name = ?", (queue,)).fetchone()
+            return None if row is None else row[0]
 
     def delete(self, queue: str) -> None:
         """Remove a queue with its bindings, consumers and messages, reserved ones included."""
@@ -244,17 +250,14 @@ class MessageStore:
 
     def unbind(self, queue: str, exchange: str, routing_key: str) -> None:
         with self._database.transaction() as db:
-            db.execute(
-                "DELETE FROM bindings WHERE exchange = ? AND routing_key = ? AND queue = ?",
-                (exchange, routing_key, queue),
-            )
+            forget = "DELETE FROM bindings WHERE (exchange, routing_key, queue) = (?, ?, ?)"
+            db.execute(forget, (exchange, routing_key, queue))
 
     def bindings(self, exchange: str) -> list[tuple[str, str | None, str]]:
         """Routing key, pattern and queue of each binding of an exchange."""
         with self._database.transaction(write=False) as db:
-            return db.execute(
-                "SELECT routing_key, pattern, queue FROM bindings WHERE exchange = ?", (exchange,)
-            ).fetchall()
+            find = "SELECT routing_key, pattern, queue FROM bindings WHERE exchange = ?"
+            return db.execute(find, (exchange,)).fetchall()
 
     # Consumers and other owners
 
@@ -265,34 +268,23 @@ class MessageStore:
     def remove_consumer(self, queue: str, owner: str, tag: str) -> None:
         """Forget a consumer. The last one takes an auto-delete queue with it."""
         with self._database.transaction() as db:
-            gone = db.execute(
-                "DELETE FROM consumers WHERE (queue, owner, tag) = (?, ?, ?)", (queue, owner, tag)
-            ).rowcount
-            if not gone:
-                return
-            db.execute("UPDATE queues SET used_at = ? WHERE name = ?", (time.time(), queue))
-            row = db.execute("SELECT auto_delete FROM queues WHERE name = ?", (queue,)).fetchone()
-            if row and row[0] and not self.consumers_of([queue]):
-                self.delete(queue)
+            forget = "DELETE FROM consumers WHERE (queue, owner, tag) = (?, ?, ?)"
+            if db.execute(forget, (queue, owner, tag)).rowcount:
+                touch = "UPDATE queues SET used_at = ? WHERE name = ? RETURNING auto_delete"
+                is_auto_delete = db.execute(touch, (time.time(), queue)).fetchall() == [(1,)]
+                if is_auto_delete and not self.consumers_of([queue]):
+                    self.delete(queue)
 
     def consumers_of(self, queues: Collection[str]) -> set[str]:
         """Owners that consume from any of the queues."""
+        find = "SELECT owner FROM consumers WHERE queue = ?"
         with self._database.transaction(write=False) as db:
-            marks = ",".join("?" * len(queues))
-            return {
-                owner for (owner,) in db.execute(f"SELECT owner FROM consumers WHERE queue IN ({marks})", (*queues,))
-            }
+            return {owner for queue in queues for (owner,) in db.execute(find, (queue,))}
 
     def owners(self) -> set[str]:
         """All that hold messages, consume or own an exclusive queue, dead or alive."""
         with self._database.transaction(write=False) as db:
-            return {
-                owner
-                for (owner,) in db.execute(
-                    """SELECT owner FROM messages WHERE owner IS NOT NULL UNION SELECT owner FROM consumers
-                    UNION SELECT owner FROM queues WHERE owner IS NOT NULL"""
-                )
-            }
+            return {owner for (owner,) in db.execute(_OWNERS)}
 
     def release(self, owner: str) -> set[str]:
         """Undo all that an owner holds, and return the queues that got messages back. For the dead and the leaving."""
@@ -308,13 +300,10 @@ class MessageStore:
     def expire(self) -> None:
         """Delete messages past their time to live, and queues that were unused for longer than they may."""
         now = time.time()
-        unused = """SELECT name FROM queues WHERE used_at + expires_s <= ?
-            AND NOT EXISTS (SELECT 1 FROM consumers WHERE queue = name)"""
-        due = "SELECT 1 FROM messages WHERE expires_at <= ? AND owner IS NULL LIMIT 1"
         with self._database.transaction(write=False) as db:
-            if not db.execute(f"SELECT 1 WHERE EXISTS ({unused}) OR EXISTS ({due})", (now, now)).fetchone():
-                return
-        with self._database.transaction() as db:
-            db.execute(_EXPIRE, (now,))
-            for (queue,) in db.execute(unused, (now,)).fetchall():
-                self.delete(queue)
+            is_due = db.execute(_EXPIRED, (now,)).fetchone() or db.execute(_UNUSED_QUEUES, (now,)).fetchone()
+        if is_due:
+            with self._database.transaction() as db:
+                db.execute(_EXPIRE, (now,))
+                for (queue,) in db.execute(_UNUSED_QUEUES, (now,)).fetchall():
+                    self.delete(queue)

@@ -15,7 +15,11 @@ _LONGEST_ADDRESS = 100  # bytes; sun_path holds 108 on Linux and 104 on macOS
 
 
 class Inbox:
-    """The socket of one consumer. Where it can't be bound, only the poll is left."""
+    """The socket of one consumer.
+
+    Raises:
+        OSError: the socket can't be made at `path`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -23,7 +27,7 @@ class Inbox:
         self._woken = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        with suppress(OSError), _address(path) as address:
+        with _address(path) as address:
             self._socket.bind(address)
 
     def fileno(self) -> int:
@@ -33,7 +37,7 @@ class Inbox:
         """Make the socket readable, from any thread of this process; once until it is drained."""
         if not self._woken:
             self._woken = True
-            wake([self._path])
+            _send(self._socket, self._path)
 
     def drain(self) -> None:
         """Take what is there. Look for messages after this, never before: what comes later wakes again."""
@@ -61,8 +65,12 @@ def wake(paths: Iterable[Path]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)
         for path in paths:
-            with suppress(OSError), _address(path) as address:
-                sender.sendto(b"", address)
+            _send(sender, path)
+
+
+def _send(sender: socket.socket, path: Path) -> None:
+    with suppress(OSError), _address(path) as address:
+        sender.sendto(b"", address)
 
 
 @contextmanager

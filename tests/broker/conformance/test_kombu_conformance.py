@@ -2,8 +2,11 @@
 
 import kombu
 import pytest
+from t.integration import common
 
-common = pytest.importorskip("t.integration.common", reason="kombu's source distribution: run .ci/conformance.sh")
+import tasks.broker
+
+tasks.broker.register()
 
 
 @pytest.fixture
