@@ -59,10 +59,11 @@ def pillow_plugin(media_format: str) -> Any:
     return Image.OPEN[name][0], Image.SAVE.get(name)
 
 
-def open_image(source: Input, limits: Limits, *, all_frames: bool = False, shrink: int = 1) -> Any:
+def open_image(source: Input, limits: Limits, *, all_frames: bool = False, shrink: float = 1) -> Any:
     """The image of `source`, sequential and still undecoded; with `all_frames` an animation as one tall roll.
 
-    `shrink` (jpeg only; 1, 2, 4, 8) decodes that much smaller, at a fraction of the cost.
+    `shrink` decodes that many times smaller, at a fraction of the cost: 1, 2, 4 or 8 for jpeg, any factor for a still
+    webp; other formats can't.
 
     Raises:
         LimitExceeded: the header announces more pixels than the limit.
@@ -73,7 +74,9 @@ def open_image(source: Input, limits: Limits, *, all_frames: bool = False, shrin
     vips = engine()
     options: dict[str, Any] = {"access": "sequential", "fail_on": "error"}
     if source.format == "jpeg":
-        options["shrink"] = shrink
+        options["shrink"] = int(shrink)
+    elif source.format == "webp" and shrink > 1:
+        options["scale"] = 1 / shrink
     elif all_frames and source.frames > 1:
         options["n"] = -1
     os.lseek(source.fd, 0, os.SEEK_SET)

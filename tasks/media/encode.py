@@ -6,6 +6,8 @@ from typing import Any
 from tasks.media.decode import engine, pillow_plugin
 from tasks.media.formats import Format
 
+_AVIF_EFFORT = 3  # a fifth of the time of libvips' 4, for 8 % more bytes at the same error
+
 
 def encode(
     image: Any, fd: int, target: Format, *, quality: int = 85, lossless: bool = False, keep: str = "none"
@@ -21,7 +23,7 @@ def encode(
         "jpeg": {"Q": quality},
         "png": {},
         "webp": {"Q": quality, "lossless": lossless},
-        "avif": {"Q": quality, "lossless": lossless, "compression": "av1"},
+        "avif": {"Q": quality, "lossless": lossless, "compression": "av1", "effort": _AVIF_EFFORT},
         "tiff": {"compression": "deflate", "predictor": "horizontal"},
         "gif": {},
     }

@@ -166,13 +166,16 @@ def _check_target(output: str, target: Format, plan: Layout, frames: int, limits
 
 
 def _shrunk_on_load(source: Input, image: Any, plan: Layout, limits: Limits) -> Any:
-    """A jpeg decoded at 1/2, 1/4 or 1/8, still at least twice as large as wanted (the rule of vips_thumbnail)."""
-    if source.format != "jpeg":
+    """Decoded smaller, but at least twice as large as wanted, so that the final resize sets the quality.
+
+    For jpeg that is the rule of vips_thumbnail; a whole webp of 24 Mpx would take 200 MB.
+    """
+    if source.format not in ("jpeg", "webp") or _frames(image) > 1:
         return image
     width, height = upright_size(image)
     ratio = min(width / plan.scaled_width_px, height / plan.scaled_height_px)
-    shrink = next((shrink for shrink in (8, 4, 2) if ratio >= 2 * shrink), 1)
-    return image if shrink == 1 else open_image(source, limits, shrink=shrink)
+    shrink = ratio / 2 if source.format == "webp" else next((n for n in (8, 4, 2) if ratio >= 2 * n), 1)
+    return image if shrink <= 1 else open_image(source, limits, shrink=shrink)
 
 
 def _fitted(image: Any, plan: Layout, target: Format, background: str) -> Any:

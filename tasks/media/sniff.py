@@ -4,6 +4,7 @@ The magic bytes decide, never the suffix. Paths, bytes and frames are checked he
 pixels by the decoder as soon as it has read the header.
 """
 
+import errno
 import mmap
 import os
 import re
@@ -105,7 +106,10 @@ def _allowed(path: str, limits: Limits, *, parent_only: bool = False) -> Path:
         raise PathNotAllowed(f"{path!r} is not an absolute local path; a worker stands in another directory: give one")
     if "\0" in path:
         raise PathNotAllowed(f"{path!r} holds a null byte; give a path without it")
-    real_path = Path(path).parent.resolve() / Path(path).name if parent_only else Path(path).resolve()
+    try:
+        real_path = Path(path).parent.resolve() / Path(path).name if parent_only else Path(path).resolve()
+    except (RuntimeError, OSError) as exc:  # a circle of symlinks, a name too long
+        raise PathNotAllowed(f"{path} can't be resolved: {exc}; give a path without circular symlinks") from exc
     roots = [Path(root).resolve() for root in limits.media_roots]
     if roots and not any(real_path.is_relative_to(root) for root in roots):
         raise PathNotAllowed(f"{path} lies outside of {', '.join(limits.media_roots)} (MEDIA_ROOTS)")
@@ -122,6 +126,10 @@ def _open_regular(path: str, real_path: Path) -> int:
         raise InputMissing(f"{path} does not exist on this worker; check the path, or the mount") from exc
     except PermissionError as exc:
         raise PathNotAllowed(f"{path} can't be read by this worker: {exc.strerror}; let its user read it") from exc
+    except OSError as exc:
+        if exc.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputMissing(f"{path} can't be a file: {exc.strerror}; check the path") from exc
+        raise
 
 
 def _kind(mode: int) -> str:

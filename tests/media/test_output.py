@@ -1,0 +1,125 @@
+import errno
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import AttemptLost, DiskFull, OutputNotWritable
+from tasks.media.output import TEMP_PREFIX, atomic_outputs, temp_files_of
+from tests.media.conftest import files_under
+
+
+def test_an_output_appears_only_when_it_is_complete(tmp_path):
+    target = tmp_path / "out.bin"
+    with atomic_outputs([str(target)], token="job-1") as (staged,):
+        os.write(staged.fd, b"half")
+        assert not target.exists()
+        assert staged.temp.parent == tmp_path
+        assert staged.temp.name.startswith(".")
+        os.write(staged.fd, b" and half")
+    assert target.read_bytes() == b"half and half"
+    assert files_under(tmp_path) == {"out.bin"}
+
+
+def test_an_output_that_exists_is_replaced_in_one_step(tmp_path):
+    target = tmp_path / "out.bin"
+    target.write_bytes(b"old")
+    with atomic_outputs([str(target)]) as (staged,):
+        os.write(staged.fd, b"new")
+        assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new"
+
+
+def test_missing_directories_are_made(tmp_path):
+    with atomic_outputs([str(tmp_path / "a" / "b" / "out.bin")]) as (staged,):
+        os.write(staged.fd, b"x")
+    assert (tmp_path / "a" / "b" / "out.bin").read_bytes() == b"x"
+
+
+def test_an_output_has_the_mode_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_outputs([str(tmp_path / "out.bin")]):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out.bin").stat().st_mode) == 0o640
+
+
+def test_an_error_leaves_the_old_output_and_no_temp_file(tmp_path):
+    target = tmp_path / "out.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_outputs([str(target)]) as (staged,):
+        os.write(staged.fd, b"new")
+        raise ZeroDivisionError
+    assert target.read_bytes() == b"old"
+    assert files_under(tmp_path) == {"out.bin"}
+
+
+def test_an_attempt_that_lost_its_job_writes_none_of_its_outputs(tmp_path):
+    asked = []
+
+    def confirm() -> None:
+        asked.append(files_under(tmp_path))
+        raise AttemptLost("another worker has it")
+
+    with (
+        pytest.raises(AttemptLost),
+        atomic_outputs([str(tmp_path / "a"), str(tmp_path / "b")], token="t", confirm=confirm) as outputs,
+    ):
+        for staged in outputs:
+            os.write(staged.fd, b"x")
+
+    assert len(asked) == 1
+    assert all(name.startswith(TEMP_PREFIX) for name in asked[0])
+    assert files_under(tmp_path) == set()
+
+
+def test_the_temp_files_of_a_killed_attempt_can_be_found_by_its_token(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from tasks.media.output import atomic_outputs\n"
+        "with atomic_outputs([sys.argv[1] + '/a', sys.argv[1] + '/b'], token='job-1.2'):\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([os.sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
+    with atomic_outputs([str(tmp_path / "c")], token="job-1.20"):
+        found = temp_files_of("job-1.2", tmp_path)
+        assert len(found) == 2
+        assert temp_files_of("job-*", tmp_path) == []
+    assert files_under(tmp_path) == {path.name for path in found} | {"c"}
+
+
+def test_a_file_in_place_of_a_directory_is_reported_with_path_and_remedy(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file" / "out.bin", tmp_path / "file" / "deeper" / "out.bin"):
+        with pytest.raises(OutputNotWritable, match=r"can't be written.*make its directory writable") as refused:
+            with atomic_outputs([str(path)]):
+                pytest.fail("the block must not run")
+        assert str(path) in str(refused.value)
+
+
+def test_a_directory_in_place_of_the_output_is_reported_before_any_work(tmp_path):
+    with pytest.raises(OutputNotWritable, match="Is a directory"), atomic_outputs([str(tmp_path)]):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, DiskFull),
+        (errno.EDQUOT, DiskFull),
+        (errno.EACCES, OutputNotWritable),
+        (errno.EROFS, OutputNotWritable),
+    ],
+)
+def test_what_the_disk_says_decides_whether_trying_again_helps(tmp_path, monkeypatch, code, error):
+    def fail(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(error, match=str(tmp_path / "out.bin")), atomic_outputs([str(tmp_path / "out.bin")]):
+        monkeypatch.setattr(os, "fsync", fail)
+    assert files_under(tmp_path) == set()
