@@ -21,7 +21,10 @@ _VIPS_LOADERS = {
     "avif": "heifload_source",
 }
 _PILLOW_IDS = {"bmp": "BMP", "jp2": "JPEG2000", "heic": "HEIF", "jxl": "JXL"}
-_PLUGINS = {"heic": ("pillow_heif", "pillow-heif"), "jxl": ("pillow_jxl", "pillow-jxl-plugin")}
+_PLUGINS = {  # module, and what to install
+    "heic": ("pillow_heif", "media-tasks[heif]"),
+    "jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+}
 
 
 @functools.cache
@@ -49,7 +52,9 @@ def pillow_plugin(media_format: str) -> Any:
         try:
             plugin = import_module(module)
         except ImportError as exc:
-            raise UnsupportedMedia(f"{media_format} needs {package}, which is not installed here: install it") from exc
+            raise UnsupportedMedia(
+                f"{media_format} needs {package}, which is not installed here: pip install it"
+            ) from exc
         if media_format == "heic":
             plugin.register_heif_opener()
     from PIL import Image

@@ -1,6 +1,5 @@
 """Images that the tests make themselves, and a folder of real photographs where there is one."""
 
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -106,6 +105,4 @@ def gif(frames: int, side: int = 4) -> bytes:
 
 
 def files_under(directory: Path) -> set[str]:
-    return {
-        os.path.relpath(os.path.join(root, name), directory) for root, _, names in os.walk(directory) for name in names
-    }
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}

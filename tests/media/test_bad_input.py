@@ -1,6 +1,5 @@
 """What can't be done is refused: the right class, a message with file, limit and remedy, and nothing left behind."""
 
-import os
 import struct
 import subprocess
 import sys
@@ -247,9 +246,9 @@ def test_an_output_that_is_the_input(tmp_path, limits, quadrants):
         with pytest.raises(PathNotAllowed, match=r"is the input .* itself; write to another file"):
             convert(str(path), str(output), ConversionOptions(), limits=limits)
     path.rename(tmp_path / "in-10.png")
+    path.symlink_to(tmp_path / "in-10.png")
+    options = RenditionsOptions(sizes=[10], formats=["png"])
     with pytest.raises(PathNotAllowed, match=r"is the input .* itself; write to another file"):
-        options = RenditionsOptions(sizes=[10], formats=["png"])
-        (tmp_path / "in.png").symlink_to(tmp_path / "in-10.png")
         renditions(str(tmp_path / "in.png"), str(tmp_path), options, limits=limits)
     assert (tmp_path / "in-10.png").read_bytes() == before
 
@@ -310,5 +309,5 @@ def test_no_descriptor_is_left_open_after_an_error(tmp_path, limits, photos):
         for way in WAYS.values():
             with pytest.raises(CorruptMedia):
                 way(str(tmp_path / "in.jpg"), tmp_path / "outputs", limits)
-        counts.append(len(os.listdir("/proc/self/fd")))
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
     assert counts[0] == counts[-1]

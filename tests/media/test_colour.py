@@ -8,7 +8,7 @@ from tasks.media.colour import colour_space, is_srgb
 
 
 def profile(vips: Any, name: str) -> bytes:
-    image = (vips.Image.black(1, 1) + [1, 2, 3]).cast("uchar").copy(interpretation="srgb")
+    image = vips.Image.black(1, 1, bands=3).copy(interpretation="srgb")
     return image.icc_transform(name, input_profile="srgb").get("icc-profile-data")
 
 

@@ -128,8 +128,7 @@ numbers = st.one_of(st.none(), st.integers(-5, MAX_SIDE_PX + 5), st.booleans(), 
 def test_options_are_either_sensible_or_refused_and_survive_a_round_trip(**arguments):
     try:
         options = ResizeOptions(**arguments)
-    except InvalidArguments as refused:
-        assert str(refused)
+    except InvalidArguments:
         return
     assert options.fit in FITS
     assert options.width or options.height

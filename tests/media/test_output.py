@@ -51,9 +51,14 @@ def test_an_output_has_the_mode_of_any_new_file(tmp_path):
 def test_an_error_leaves_the_old_output_and_no_temp_file(tmp_path):
     target = tmp_path / "out.bin"
     target.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), atomic_outputs([str(target)]) as (staged,):
-        os.write(staged.fd, b"new")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with atomic_outputs([str(target)]) as (staged,):
+            os.write(staged.fd, b"new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert target.read_bytes() == b"old"
     assert files_under(tmp_path) == {"out.bin"}
 
@@ -65,12 +70,9 @@ def test_an_attempt_that_lost_its_job_writes_none_of_its_outputs(tmp_path):
         asked.append(files_under(tmp_path))
         raise AttemptLost("another worker has it")
 
-    with (
-        pytest.raises(AttemptLost),
-        atomic_outputs([str(tmp_path / "a"), str(tmp_path / "b")], token="t", confirm=confirm) as outputs,
-    ):
-        for staged in outputs:
-            os.write(staged.fd, b"x")
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(AttemptLost), atomic_outputs(paths, token="t", confirm=confirm) as outputs:
+        os.write(outputs[1].fd, b"x")
 
     assert len(asked) == 1
     assert all(name.startswith(TEMP_PREFIX) for name in asked[0])
@@ -96,9 +98,9 @@ def test_the_temp_files_of_a_killed_attempt_can_be_found_by_its_token(tmp_path):
 def test_a_file_in_place_of_a_directory_is_reported_with_path_and_remedy(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file" / "out.bin", tmp_path / "file" / "deeper" / "out.bin"):
-        with pytest.raises(OutputNotWritable, match=r"can't be written.*make its directory writable") as refused:
-            with atomic_outputs([str(path)]):
-                pytest.fail("the block must not run")
+        message = r"can't be written.*make its directory writable"
+        with pytest.raises(OutputNotWritable, match=message) as refused, atomic_outputs([str(path)]):
+            pytest.fail("the block must not run")
         assert str(path) in str(refused.value)
 
 

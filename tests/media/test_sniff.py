@@ -1,6 +1,7 @@
 import os
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_magic_bytes_name_the_format(head, media_format):
     ],
 )
 def test_what_is_no_image_is_named_for_what_it_looks_like(head, words):
-    with pytest.raises(UnsupportedMedia, match="/in/photo.jpg") as refused:
+    with pytest.raises(UnsupportedMedia, match=r"/in/photo\.jpg") as refused:
         sniff(head, "/in/photo.jpg")
     assert words in str(refused.value)
 
@@ -69,10 +70,8 @@ def test_what_is_no_image_is_named_for_what_it_looks_like(head, words):
 @settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=64))
 def test_any_bytes_are_a_format_or_refused(head):
-    try:
+    with suppress(UnsupportedMedia):
         assert isinstance(sniff(head), str)
-    except UnsupportedMedia as refused:
-        assert str(refused)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_the_output_may_not_be_the_input_under_any_name(tmp_path, limits):
     (tmp_path / "sub").mkdir()
     with open_input(str(path), limits) as source:
         for name in ("in.gif", "soft.gif", "hard.gif", "sub/../in.gif"):
-            with pytest.raises(PathNotAllowed, match="is the input .* itself; write to another file"):
+            with pytest.raises(PathNotAllowed, match=r"is the input .* itself; write to another file"):
                 check_output(f"{tmp_path}/{name}", source, limits)
         check_output(str(tmp_path / "out.gif"), source, limits)
 
