@@ -1,6 +1,7 @@
 """The composition root: the one place where settings, database, broker, tasks and signals become an app."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
@@ -46,6 +47,7 @@ class MediaTasks(Celery):
     def _load_config(self) -> Any:
         """Celery's settings, once they are needed; a bad value stops a command with one line."""
         try:
+            _make_directory(self.settings.server_dir)
             return super()._load_config()
         except SettingsError as exc:
             raise _for_people(exc) from exc
@@ -76,7 +78,7 @@ class MediaTasks(Celery):
         publish = super().send_task
         if positional or not self.is_recorded(name):
             if not name.startswith(capabilities.OWN_PREFIX):
-                options.setdefault("queue", name)
+                options["queue"] = options.get("queue") or name
             return publish(name, args, kwargs, *positional, **options)
         from tasks import enqueue
 
@@ -96,6 +98,16 @@ class MediaTasks(Celery):
             self._is_loaded = True
             capabilities.load_built_in()
             capabilities.load_installed()
+
+
+def _make_directory(server_dir: Path) -> None:
+    """Make the directory that holds the SQLite files, before the first of them is opened."""
+    try:
+        server_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise SettingsError(
+            f"CL_SERVER_DIR: {server_dir} can't be made ({exc.strerror}); set it to one that this user may write"
+        ) from exc
 
 
 def _for_people(exc: SettingsError) -> Exception:

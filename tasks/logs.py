@@ -14,7 +14,7 @@ SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime)ss"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (ISO 8601, UTC), level, logger, process, message; of a task also task and task_id."""
+    """One JSON object a line: time (ISO 8601, UTC), level, logger, process, message; a task's name and id."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -34,6 +34,7 @@ class JsonFormatter(logging.Formatter):
 def connect(log_format: str) -> None:
     """Have Celery's loggers formatted as `log_format` (console or json) says, once they are set up."""
     logging.getLogger("celery.app.trace").addFilter(_without_result)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database is made without a word
     if log_format == "json":
         for signal in (signals.after_setup_logger, signals.after_setup_task_logger):
             signal.connect(_on_logger_set_up, dispatch_uid="media_tasks.log_format", weak=False)

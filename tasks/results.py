@@ -290,12 +290,14 @@ def _meta(task_id: str, row: Any) -> dict[str, Any]:
 
 def _exception(row: Any) -> BaseException:
     """The error of a row as an exception of its own type, where that is known here and takes one message."""
+    error: Exception
     if row["error_type"] == "TaskRevokedError":
-        return TaskRevokedError(row["error_message"])
+        error = TaskRevokedError(row["error_message"])
+        return error
     cls = getattr(sys.modules.get(row["error_module"] or ""), row["error_type"] or "", None)
     if isinstance(cls, type) and issubclass(cls, Exception):
         with suppress(TypeError):
-            error: Exception = cls(row["error_message"])
+            error = cls(row["error_message"])
             return error
     return RuntimeError(f"{row['error_type']}: {row['error_message']}")
 
