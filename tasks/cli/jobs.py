@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -172,8 +173,8 @@ def _note(row: Any, is_wide: bool) -> str:
 
     status = Status(row["status"])
     if status in (Status.FAILED, Status.CANCELLED) and row["error_type"]:
-        folder, separator, _ = str(row["parameters"].get("input", "")).rpartition("/")
-        return f"{row['error_type']}: {row['error_message']}".replace(folder + separator, "" if folder else separator)
+        folder = PurePath(str(row["parameters"].get("input", ""))).parent
+        return f"{row['error_type']}: {row['error_message']}".replace(f"{folder}/", "")
     if status in (Status.CLAIMED, Status.RUNNING):
         return row["stage"] or ("" if is_wide else f"on {row['claimed_by']}")
     if status is Status.QUEUED and (row["retry_count"] or row["run_after_utc"]):
