@@ -58,7 +58,7 @@ class JobBackend(BaseBackend):
         if request and request.chord:
             self.on_chord_part_return(request, state, result)
 
-    def mark_asdescribe(
+    def mark_as_failure(
         self,
         task_id: str,
         exc: BaseException,
@@ -70,7 +70,7 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Fail the row; then its chord, the rest of its chain, and its errbacks, unless the write came too late."""
         if self._end(task_id, exc, Status.FAILED, traceback, request):
-            super().mark_asdescribe(
+            super().mark_as_failure(
                 task_id, exc, traceback, request, store_result=True, call_errbacks=call_errbacks, state=state
             )
 
