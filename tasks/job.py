@@ -72,9 +72,9 @@ class Job(Task):
             raise Ignore(str(exc)) from exc
 
     def progress(self, percent: float, stage: str | None = None) -> None:
-        """Say how far the body is, 0-100. Written at most twice a second; costs nothing in between."""
+        """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write."""
         request = self.request
-        if request.called_directly or not self.app.is_recorded(self.name):
+        if percent >= 100.0 or request.called_directly or not self.app.is_recorded(self.name):
             return
         at = time.monotonic()
         if at - (request.get("progress_at") or request.get("claimed_at") or 0.0) < PROGRESS_INTERVAL_S:
