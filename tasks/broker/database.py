@@ -156,19 +156,26 @@ def _identity(path: Path) -> tuple[int, int]:
 def _refuse_missing_or_network_directory(path: Path) -> None:
     try:
         device = path.parent.stat().st_dev
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        if path.parent.is_dir():
-            return  # no /proc: not Linux
-        raise BrokerUnavailable(f"Broker file {path}: its directory does not exist; make it or mount it") from None
-    for mount in mounts:
+    except PermissionError as exc:
+        raise BrokerUnusable(f"Broker file {path}: give this user permission to enter its directory ({exc})") from exc
+    except OSError as exc:
+        raise BrokerUnavailable(f"Broker file {path}: its directory is missing; make it or mount it ({exc})") from exc
+    kind = _file_system_of(device)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise BrokerUnusable(
+            f"Broker file {path} is on a network file system ({kind}), where SQLite's locks do not hold; "
+            "name a path on a local disk"
+        )
+
+
+def _file_system_of(device: int) -> str:
+    """The type of a mounted file system, from proc_pid_mountinfo(5); empty where that is not known."""
+    mounts = Path("/proc/self/mountinfo")
+    for mount in mounts.read_text().splitlines() if mounts.exists() else ():
         fields, _, source = mount.partition(" - ")
-        kind = source.split(" ", 1)[0]
-        if kind in _NETWORK_FILE_SYSTEMS and fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
-            raise BrokerUnusable(
-                f"Broker file {path} is on a network file system ({kind}), where SQLite's locks do not hold; "
-                "name a path on a local disk"
-            )
+        if fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
+            return source.split(" ", 1)[0]
+    return ""
 
 
 def _forget_inherited() -> None:

@@ -49,7 +49,7 @@ class Transport(virtual.Transport):
             busy_timeout_s=float(options.get("busy_timeout", 5.0)),
         )
         self._lease: Lease | None = None
-        self._directory = self.path.with_name(f"{self.path.name}.own")
+        self._directory = Path(f"{self.path}.own")
         self._acked: deque[int] = deque()
         self._poll_due = 0.0
         self._loop: Any = None

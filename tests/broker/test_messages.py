@@ -1,0 +1,199 @@
+"""The store gives messages out in claim order, once, and takes back what was not acknowledged."""
+
+import sqlite3
+
+import pytest
+
+from tests.tooling.waiting import eventually
+
+
+def put(store, *texts, queue="q", **options):
+    for text in texts:
+        store.put([queue], "{}", text, **options)
+
+
+def bodies(deliveries):
+    return [delivery.body for delivery in deliveries]
+
+
+def reserve_all(store, queue="q", owner="me"):
+    return bodies(store.reserve(queue, owner, 100))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "order"),
+    [
+        ("FIFO", ["low", "high", "low2", "high2"]),
+        ("LIFO", ["high2", "low2", "high", "low"]),
+        ("PRIORITY", ["high", "high2", "low", "low2"]),
+    ],
+)
+def test_each_strategy_has_its_claim_order(open_store, strategy, order):
+    store = open_store(queue_strategy={"q": strategy})
+    for text in ("low", "high", "low2", "high2"):
+        put(store, text, priority=9 if text.startswith("high") else 1)
+
+    assert reserve_all(store) == order
+
+
+def test_a_star_is_the_strategy_of_all_queues_that_are_not_named(open_store):
+    store = open_store(queue_strategy={"named": "FIFO", "*": "LIFO"})
+    put(store, "first", "second", queue="named")
+    put(store, "first", "second", queue="other")
+
+    assert reserve_all(store, "named") == ["first", "second"]
+    assert reserve_all(store, "other") == ["second", "first"]
+
+
+def test_an_unknown_strategy_is_refused_with_the_known_ones(open_store):
+    with pytest.raises(ValueError, match="RANDOM: use one of FIFO, LIFO, PRIORITY"):
+        open_store(queue_strategy={"q": "RANDOM"})
+
+
+def test_a_batch_comes_in_claim_order_and_within_its_limit(store):
+    for number in range(50):
+        put(store, str(number), priority=number % 5)
+
+    batch = store.reserve("q", "me", 12)
+
+    assert bodies(batch) == [str(number) for number in [*range(4, 50, 5), 3, 8]]
+    assert len(reserve_all(store)) == 38
+
+
+def test_a_reserved_message_is_not_given_to_anyone_else(store):
+    put(store, "one")
+    assert reserve_all(store, owner="me") == ["one"]
+
+    assert reserve_all(store, owner="other") == []
+    assert store.take("q", 1) == []
+
+
+def test_what_is_requeued_stands_where_it_stood_and_counts_its_deliveries(store):
+    put(store, "one", "two")
+    (first,) = store.reserve("q", "me", 1)
+    store.requeue([first.id], "me")
+
+    again = store.reserve("q", "me", 2)
+
+    assert [(delivery.body, delivery.count) for delivery in again] == [("one", 2), ("two", 1)]
+
+
+def test_only_the_owner_can_acknowledge_or_requeue(store):
+    put(store, "one")
+    (delivery,) = store.reserve("q", "me", 1)
+
+    store.ack([delivery.id], "other")
+    store.requeue([delivery.id], "other")
+    assert reserve_all(store) == []
+
+    store.release("me")
+    assert reserve_all(store) == ["one"]
+
+
+def test_an_id_is_never_used_again(store):
+    put(store, "one")
+    (first,) = store.take("q", 1)
+    put(store, "two")
+    (second,) = store.take("q", 1)
+
+    assert second.id > first.id
+
+
+def test_sizes_count_what_is_ready_through_every_change(store, broker_path):
+    put(store, *map(str, range(10)))
+    taken = store.take("q", 1)
+    reserved = store.reserve("q", "me", 5)
+    store.ack([reserved[0].id], "me")
+    store.requeue([reserved[1].id], "me")
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        put(store, str(1 / len(store.reserve("q", "me", 0))))
+
+    with sqlite3.connect(broker_path) as db:
+        counted = db.execute("SELECT count(*) FROM messages WHERE owner IS NULL").fetchone()[0]
+    db.close()
+    assert len(taken) == 1
+    assert store.sizes() == {"q": 5} == {"q": counted}
+    assert store.purge("q") == 5
+    assert store.size("q") == 0
+    assert store.size("unknown") is None
+
+
+def test_the_store_tells_which_task_ids_it_still_has(store):
+    put(store, "ready", correlation_id="a")
+    put(store, "reserved", correlation_id="b", priority=9)
+    put(store, "done", correlation_id="c", priority=9)
+    _, done = store.reserve("q", "me", 2)
+    store.ack([done.id], "me")
+
+    assert store.held(["a", "b", "c", "d"]) == {"a", "b"}
+
+
+def test_a_message_past_its_time_to_live_is_never_delivered(store):
+    store.declare("brief", message_ttl_s=0.0)
+    put(store, "by message", ttl_s=0.0)
+    put(store, "by queue", queue="brief", ttl_s=60)
+    put(store, "lasting", ttl_s=60)
+
+    assert reserve_all(store) == ["lasting"]
+    assert reserve_all(store, "brief") == []
+
+
+def test_a_queue_expires_when_it_was_unused_for_its_time_but_not_while_somebody_consumes(store):
+    store.declare("used", expires_s=0.05)
+    store.declare("unused", expires_s=0.05)
+    store.declare("lasting")
+    store.add_consumer("used", "me", "tag")
+    put(store, "goes too", queue="unused")
+
+    def expired():
+        store.expire()
+        return "unused" not in store.sizes()
+
+    eventually(expired, 5)
+    assert store.sizes() == {"used": 0, "lasting": 0}
+
+
+def test_releasing_an_owner_undoes_all_that_it_held(store):
+    store.declare("shared", auto_delete=True)
+    store.declare("alone", auto_delete=True)
+    store.declare("mine", owner="dead")
+    store.bind("mine", "fan", "", None)
+    store.add_consumer("shared", "dead", "1")
+    store.add_consumer("shared", "alive", "1")
+    store.add_consumer("alone", "dead", "2")
+    put(store, "one")
+    reserve_all(store, owner="dead")
+    assert store.owners() == {"dead", "alive"}
+
+    assert store.release("dead") == {"q"}
+
+    assert store.sizes() == {"q": 1, "shared": 0}
+    assert store.owners() == {"alive"}
+    assert store.bindings("fan") == []
+
+
+def test_a_deleted_queue_takes_reserved_messages_with_it(store):
+    put(store, "reserved", "ready")
+    (delivery,) = store.reserve("q", "me", 1)
+
+    store.delete("q")
+    store.requeue([delivery.id], "me")
+
+    assert store.sizes() == {}
+    assert reserve_all(store) == []
+
+
+def test_text_and_bytes_come_back_as_they_were(store):
+    for body in ("täxt", b"\x00\xff", ""):
+        put(store, body)
+    assert reserve_all(store) == ["täxt", b"\x00\xff", ""]
+
+
+def test_claiming_uses_the_index_and_nothing_else(store, broker_path):
+    with sqlite3.connect(broker_path) as db:
+        plan = db.execute(
+            """EXPLAIN QUERY PLAN SELECT id FROM messages WHERE queue = 'q' AND owner IS NULL
+            ORDER BY priority DESC, "order", id LIMIT 1"""
+        ).fetchall()
+    db.close()
+    assert [row[3] for row in plan] == ["SEARCH messages USING INDEX messages_ready (queue=?)"]
