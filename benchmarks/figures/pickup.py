@@ -1,0 +1,90 @@
+"""An idle worker: how soon it begins a job (publish to the body's first line), and what it costs while it waits."""
+
+import os
+import time
+from pathlib import Path
+
+from benchmarks.measure import Options, Peer, Row, percentile
+from benchmarks.workers import settings, worker
+from tests.tooling.waiting import eventually
+from tests.tooling.worker import Worker
+
+PAUSE_S = 0.04
+"""Between two jobs, so that the worker is idle again."""
+
+
+def measure(options: Options) -> list[Row]:
+    count = 100 if options.is_quick else 400
+    broker = {"BENCH_BROKER": f"sqlite:///{options.folder / 'broker.db'}"}
+    with worker("benchmarks.apps.plain", options, broker), Peer(broker) as producer:
+        alone = producer.run(_latencies_ms_of_tasks, count, str(options.folder))
+    recorded = settings(options.folder / "recorded")
+    with (
+        worker("benchmarks.apps.recorded", options, recorded, queues="tell_job_time") as running,
+        Peer(recorded) as producer,
+    ):
+        of_jobs = producer.run(_latencies_ms_of_jobs, count)
+        idle = _idle_row(running, 5.0 if options.is_quick else 20.0)
+    return [_row("the embedded broker alone", alone), _row("a job with its row", of_jobs), idle]
+
+
+def _row(what: str, latencies_ms: list[float]) -> Row:
+    half, nearly_all = percentile(latencies_ms, 50), percentile(latencies_ms, 99)
+    return Row(
+        figure=f"pick-up by an idle worker, {what}: p50 / p99",
+        target="≤ 5 ms / 25 ms",
+        measured=f"**{half:.1f} ms / {nearly_all:.1f} ms**",
+        detail=f"{len(latencies_ms)} jobs, {min(latencies_ms):.1f}-{max(latencies_ms):.1f} ms, from the call of `.delay()`",
+        value=half,
+    )
+
+
+def _idle_row(running: Worker, seconds: float) -> Row:
+    figure, target = "CPU of an idle worker, prefork 2, with its rows", "≤ 1 %"
+    if not Path("/proc/self/stat").exists():
+        return Row(figure=figure, target=target, measured="skipped: no /proc")
+    time.sleep(1)
+    before = _cpu_s(running)
+    time.sleep(seconds)
+    percent = 100 * (_cpu_s(running) - before) / seconds
+    return Row(
+        figure=figure,
+        target=target,
+        measured=f"**{percent:.2f} %** of a core",
+        detail=f"user + system time of main and children over {seconds:.0f} s",
+        value=percent,
+    )
+
+
+def _cpu_s(running: Worker) -> float:
+    ticks = 0
+    for pid in (running.pid, *running.child_pids()):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _latencies_ms_of_tasks(count: int, folder: str) -> list[float]:
+    from benchmarks.apps.plain import tell_time
+
+    def once(number: int) -> float:
+        path = Path(folder) / f"began-{number}"
+        published_ns = time.time_ns()
+        tell_time.delay(str(path))
+        time.sleep(PAUSE_S)
+        eventually(path.exists)
+        return (int(path.read_text()) - published_ns) / 1e6
+
+    return [once(number) for number in range(count + 10)][10:]
+
+
+def _latencies_ms_of_jobs(count: int) -> list[float]:
+    from benchmarks.apps.recorded import tell_job_time
+
+    def once() -> float:
+        published_ns = time.time_ns()
+        result = tell_job_time.delay()
+        time.sleep(PAUSE_S)
+        return (result.get(timeout=10)["began_ns"] - published_ns) / 1e6
+
+    return [once() for _ in range(count + 10)][10:]
