@@ -120,7 +120,7 @@ def _open_with_pillow(source: Input, limits: Limits) -> Any:
             picture = reader(file, source.path)
             check_pixels(source, picture.width, picture.height, limits)
             picture.load()
-        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, IndexError) as exc:
+        except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, IndexError, MemoryError) as exc:
             raise corrupt(source, exc) from exc
     check_pixels(source, picture.width, picture.height, limits)
     return _from_pillow(picture)

@@ -1,10 +1,12 @@
 """What can't be done is refused: the right class, a message with file, limit and remedy, and nothing left behind."""
 
+import random
 import struct
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tasks.errors import (
     LimitExceeded,
     OutputNotWritable,
     PathNotAllowed,
+    PermanentError,
     UnsupportedMedia,
 )
 from tasks.media.image import convert, renditions, resize
@@ -311,3 +314,23 @@ def test_no_descriptor_is_left_open_after_an_error(tmp_path, limits, photos):
                 way(str(tmp_path / "in.jpg"), tmp_path / "outputs", limits)
         counts.append(len(list(Path("/proc/self/fd").iterdir())))
     assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "avif", "tif", "gif", "bmp", "heic"])
+def test_a_damaged_image_is_written_or_refused_and_nothing_else(tmp_path, photos, limits, suffix):
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif")
+    whole = tmp_path / f"whole.{suffix}"
+    resize(str(photos / "animation.gif"), str(whole), ResizeOptions(width=48), limits=limits)
+    chance = random.Random(suffix)  # noqa: S311 - the same damage each time
+    for _ in range(60):
+        damaged = bytearray(whole.read_bytes())
+        for _ in range(chance.choice((1, 3, 10))):
+            damaged[chance.randrange(min(len(damaged), chance.choice((40, 300, 10**9))))] = chance.randrange(256)
+        (tmp_path / "in").write_bytes(damaged)
+        out = tmp_path / "outputs"
+        written: dict[str, Any] = {}
+        with suppress(PermanentError):
+            written = resize(str(tmp_path / "in"), str(out / "out.webp"), ResizeOptions(width=20), limits=limits)
+        assert files_under(out) == ({"out.webp"} if written else set())
+        (out / "out.webp").unlink(missing_ok=True)
