@@ -149,9 +149,9 @@ class Job(Task):
         Raises:
             InvalidArguments: Unknown, missing, contradictory or out of range.
         """
-        bound = self._bind(args, kwargs)
+        bound = self._with_paths(self._bind(args, kwargs))
         if self.validate is not None:
-            self.validate(**{name: _output_of(v) if name in self.path_names else v for name, v in bound.items()})
+            self.validate(**bound)
 
     def named(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by name, as people and SQL tools want to read them; as they came, if they don't fit."""
@@ -166,15 +166,27 @@ class Job(Task):
         Raises:
             PathNotAllowed: A path is still relative; this process stands elsewhere than the one that submitted the job.
         """
-        bound = self._bind(args, kwargs)
+        bound = self._with_paths(self._bind(args, kwargs))
         for name in self.path_names & bound.keys():
-            bound[name] = path = _output_of(bound[name])
-            if isinstance(path, str) and "://" not in path and not Path(path).is_absolute():
+            if not Path(bound[name]).is_absolute():
                 raise PathNotAllowed(
-                    f"{name}={path!r} is relative, and a worker stands in another directory than its caller; "
+                    f"{name}={bound[name]!r} is relative, and a worker stands in another directory than its caller; "
                     "give an absolute path"
                 )
         return (), bound
+
+    def _with_paths(self, bound: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with each path as text: a job's result stands for the file that it wrote."""
+        for name in self.path_names & bound.keys():
+            value = bound[name]
+            if isinstance(value, Mapping) and isinstance(value.get("output"), str):
+                value = value["output"]
+            if not isinstance(value, str) or not value or "\0" in value:
+                raise InvalidArguments(f"{name} is {value!r:.80}; give a path, or a job's result that names its output")
+            if "://" in value:
+                raise InvalidArguments(f"{name}={value!r}: this release reads and writes local paths only")
+            bound[name] = value
+        return bound
 
     def _bind(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -259,8 +271,3 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, str) and value and "://" not in value:
         return str(Path(value).expanduser().absolute())
     return value
-
-
-def _output_of(value: Any) -> Any:
-    """A job's result stands for the file it wrote, so that chains can be put together."""
-    return value["output"] if isinstance(value, Mapping) and isinstance(value.get("output"), str) else value
