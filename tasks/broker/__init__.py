@@ -13,7 +13,9 @@ Four slashes begin an absolute path, three a relative one. Producers and workers
 - `busy_timeout`: seconds to wait for another writer (5).
 
 Delivery is at least once: a message stays until it is acknowledged, and comes back when its holder dies, with
-`delivery_info["redelivered"]` and a `delivery_count`. This package needs kombu and the standard library only.
+`delivery_info["redelivered"]` and a `delivery_count`. Beside the file stands a directory `<file>.own`, with a lock and
+a socket for each consumer. Who wants to look inside opens a `tasks.broker.messages.MessageStore` on the file: it tells
+the sizes of queues and which task ids the broker still has. One host only; kombu and the standard library suffice.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -220,10 +220,11 @@ class Transport(virtual.Transport):
         """Notice a replaced file, expire, and take over from consumers that died."""
         self._poll_due = monotonic() + self.poll_interval_s
         self.store.check()
-        if not (self._directory / self.owner).exists():
-            raise BrokerReplaced(f"Broker directory {self._directory} was removed; making a new one")
+        if not ((self._directory / self.owner).exists() and self._inbox_path(self.owner).exists()):
+            raise BrokerReplaced(f"Broker directory {self._directory} was emptied or removed; reconnecting")
         self.store.expire()
-        for owner in self.store.owners() - {self.owner}:
+        present = {path.stem for path in self._directory.iterdir() if path.suffix != ".new"}
+        for owner in (self.store.owners() | present) - {self.owner}:
             if not is_held(self._directory / owner):
                 self.wake_consumers(self.store.release(owner))
                 self._inbox_path(owner).unlink(missing_ok=True)

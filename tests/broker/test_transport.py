@@ -11,6 +11,7 @@ import pytest
 from kombu.asynchronous.hub import Hub
 from kombu.exceptions import ChannelError
 
+from tasks.broker.errors import BrokerReplaced
 from tasks.broker.lease import is_held
 from tests.tooling.waiting import eventually
 
@@ -299,6 +300,27 @@ def test_what_a_killed_process_held_comes_back_within_a_poll_and_its_traces_vani
     directory = broker_path.with_name("broker.db.own")
     assert not is_held(directory / owner)
     assert not [path for path in directory.iterdir() if path.name.startswith(owner)]
+
+
+def test_traces_of_a_killed_process_that_held_nothing_vanish_too(connect, broker_path):
+    code = "import sys; from pathlib import Path; from tasks.broker.lease import Lease; Lease(Path(sys.argv[1]))"
+    directory = broker_path.with_name("broker.db.own")
+    subprocess.run([sys.executable, "-c", code, str(directory)], check=True)
+    assert len(list(directory.iterdir())) == 1
+
+    connection = connect()
+    consume(connection)
+    assert {path.stem for path in directory.iterdir()} == {connection.transport.owner}
+
+
+@pytest.mark.parametrize("suffix", ["", ".wake"])
+def test_a_consumer_whose_lock_or_socket_was_removed_reconnects_at_its_next_poll(connect, broker_path, suffix):
+    connection = connect(poll_interval=0.05)
+    consume(connection)
+    (broker_path.with_name("broker.db.own") / f"{connection.transport.owner}{suffix}").unlink()
+
+    with pytest.raises(BrokerReplaced, match=r"broker\.db\.own was emptied"):
+        connection.drain_events(timeout=5)
 
 
 def test_a_forked_child_reads_and_writes_on_its_own_and_leaves_its_parents_messages_alone(connect):
