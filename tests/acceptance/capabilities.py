@@ -1,0 +1,126 @@
+"""Task types for the tests, found by workers through an entry point, as those of an installed package are."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from celery.exceptions import Ignore
+
+from tasks.celery import app
+from tasks.errors import LimitExceeded, TransientError
+from tasks.job import InputPath, Job, OutputPath
+
+
+@app.task
+def add(x: int, y: int = 0) -> int:
+    """A step of a canvas."""
+    return x + y
+
+
+@app.task
+def total(numbers: list[int]) -> int:
+    """The body of a chord."""
+    return sum(numbers)
+
+
+@app.task
+def note(file: str, text: str = "", sleep_s: float = 0.0) -> str:
+    """Append "begin" and "end" to a file, so that a test can count how often the body ran."""
+    _append(file, f"begin {text}")
+    time.sleep(sleep_s)
+    _append(file, f"end {text}")
+    return text
+
+
+@app.task
+def note_parts(parts: list[Any], file: str) -> list[Any]:
+    """The body of a chord, which leaves a line each time that it runs."""
+    _append(file, f"body {parts}")
+    return parts
+
+
+@app.task
+def note_error(request: Any, exc: BaseException, traceback: Any, file: str) -> None:
+    """An errback of the new style: called with the request, in the worker that saw the failure."""
+    _append(file, f"errback {request.id} {type(exc).__name__}")
+
+
+@app.task(ignore_result=True)
+def quiet(number: int) -> int:
+    """Nobody wants its result; its row does."""
+    return number
+
+
+@app.task(ignore_result=True)
+def quiet_failure() -> None:
+    raise ValueError("nobody listens")
+
+
+@app.task
+def fail(*args: object, message: str = "this can't work") -> None:
+    raise ValueError(message)
+
+
+@app.task
+def refuse(path: str) -> None:
+    raise LimitExceeded(f"{path} is too large; make it smaller")
+
+
+@app.task
+def recover(file: str, failures: int = 1) -> int:
+    """Fail as a network does, so many times; then return how often it ran."""
+    _append(file, "run")
+    runs = len(Path(file).read_text().splitlines())
+    if runs <= failures:
+        raise TransientError(f"the network is away, run {runs}")
+    return runs
+
+
+@app.task
+def kill_its_worker(file: str) -> None:
+    """A file that crashes the library which reads it."""
+    _append(file, "run")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(bind=True)
+def report(self: Job, sleep_s: float = 1.0) -> str:
+    """Say how far it is in Celery's way, then wait."""
+    self.update_state(state="PROGRESS", meta={"progress": 40, "stage": "halfway"})
+    time.sleep(sleep_s)
+    return "done"
+
+
+@app.task
+def call_another(x: int) -> str:
+    """Submit a job from inside a job."""
+    return str(add.delay(x, 1).id)
+
+
+@app.task(bind=True)
+def become_add(self: Job, x: int) -> Any:
+    return self.replace(add.s(x, 1))
+
+
+@app.task
+def ignore() -> None:
+    raise Ignore("not today")
+
+
+@app.task
+def secret_keeper(password: str) -> dict[str, str]:
+    """What it takes and returns must not be logged."""
+    return {"answer": f"result-of-{password}"}
+
+
+@app.task
+def unreadable(input: InputPath, output: OutputPath) -> object:  # noqa: A002 (the name of the contract)
+    """Its result can't be written as JSON."""
+    return object()
+
+
+def _append(file: str, line: str) -> None:
+    with Path(file).open("a") as stream:
+        stream.write(f"{line}\n")

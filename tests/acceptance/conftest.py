@@ -1,0 +1,50 @@
+"""One deployment and one worker for each module; tests that kill a worker start one of their own."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.deployment import Deployment, deployed
+from tests.tooling.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def module_server_dir() -> Iterator[Path]:
+    """A short path: unix sockets are made in it."""
+    path = Path(tempfile.mkdtemp(prefix="mt-")).resolve()
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    request: pytest.FixtureRequest, module_server_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    """The embedded broker and SQLite; no worker yet."""
+    with deployed(module_server_dir, tmp_path_factory.mktemp("deployment")) as deployment:
+        request.node.stash[DEPLOYMENT] = deployment
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def worker(deployment: Deployment) -> Worker:
+    """The module's worker: two pool children, every capability."""
+    return deployment.start_worker("--concurrency=2")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show the logs of the module's workers with a failure."""
+    report = yield
+    module = item.getparent(pytest.Module)
+    deployment = module.stash.get(DEPLOYMENT, None) if module else None
+    if report.failed and deployment is not None:
+        for worker in deployment.workers:
+            report.sections.append((f"worker {worker.pid}", worker.log()[-8000:]))
+    return report
+
+
+DEPLOYMENT = pytest.StashKey[Deployment]()
