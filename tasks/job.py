@@ -166,14 +166,15 @@ class Job(Task):
         Raises:
             PathNotAllowed: A path is still relative; this process stands elsewhere than the one that submitted the job.
         """
-        bound = self._with_paths(self._bind(args, kwargs))
-        for name in self.path_names & bound.keys():
-            if not Path(bound[name]).is_absolute():
+        bound = self._bound(args, kwargs)
+        arguments = self._with_paths(bound.arguments)
+        for name in self.path_names & arguments.keys():
+            if not Path(arguments[name]).is_absolute():
                 raise PathNotAllowed(
-                    f"{name}={bound[name]!r} is relative, and a worker stands in another directory than its caller; "
+                    f"{name}={arguments[name]!r} is relative, and a worker stands in another directory than its caller; "
                     "give an absolute path"
                 )
-        return (), bound
+        return bound.args, bound.kwargs
 
     def _with_paths(self, bound: dict[str, Any]) -> dict[str, Any]:
         """The arguments with each path as text: a job's result stands for the file that it wrote."""
@@ -189,17 +190,19 @@ class Job(Task):
         return bound
 
     def _bind(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            bound = inspect.signature(self.run).bind(*args, **kwargs)
-        except TypeError as exc:
-            raise InvalidArguments(f"{self.name}: {exc}; it takes {', '.join(self.parameters)}") from exc
         arguments: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
+        for name, value in self._bound(args, kwargs).arguments.items():
             if self.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(value)
             else:
                 arguments[name] = value
         return arguments
+
+    def _bound(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        try:
+            return inspect.signature(self.run).bind(*args, **kwargs)
+        except TypeError as exc:
+            raise InvalidArguments(f"{self.name}: {exc}; it takes {', '.join(self.parameters)}") from exc
 
     # The guard
 
