@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from celery import states
 from celery.backends.base import BaseBackend
-from celery.canvas import maybe_signature
+from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
 
 from db.engine import patiently
@@ -105,6 +105,8 @@ class JobBackend(BaseBackend):
         return result
 
     def _end(self, task_id: str, exc: Any, status: Status, traceback: Any, request: Any) -> bool:
+        if request is None and self._patiently(lambda: self.app.store.job(task_id)) is None:
+            return False  # a group or another canvas: its members have rows
         name = getattr(request, "task", None)
         if name is not None and not self.app.is_recorded(name):
             return True
@@ -211,7 +213,8 @@ class JobBackend(BaseBackend):
         cause = result if isinstance(result, Exception) else None
         error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
         error.__cause__ = cause
-        self._end(body.id, error, Status.FAILED, None, _Unsent(body))
+        for task_id, signature in _results_of(body, self.app):
+            self._end(task_id, error, Status.FAILED, None, _Unsent(task_id, signature))
         self.chord_error_from_stack(body, error)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
@@ -224,8 +227,8 @@ class _Unsent:
     chord = None
     errbacks = None
 
-    def __init__(self, signature: Any) -> None:
-        self.id, self.task = signature.id, signature.task
+    def __init__(self, task_id: str, signature: Any) -> None:
+        self.id, self.task = task_id, signature.task
         self.args, self.kwargs = signature.args, signature.kwargs
         options = signature.options
         self.delivery_info = {"routing_key": options.get("queue") or signature.task}
@@ -234,6 +237,22 @@ class _Unsent:
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
+
+
+def _results_of(signature: Any, app: Any) -> Iterator[tuple[str, Any]]:
+    """The jobs whose results are those of a canvas, each with its id: the last step, the body, all members."""
+    signature = maybe_signature(signature, app=app)
+    if isinstance(signature, group):
+        for member in signature.tasks:
+            yield from _results_of(member, app)
+        return
+    last = signature
+    while isinstance(last, (_chain, chord)):
+        last = maybe_signature(last.body if isinstance(last, chord) else last.tasks[-1], app=app)
+    if isinstance(last, group):
+        yield from _results_of(last, app)
+    elif task_id := signature.id or last.id:
+        yield task_id, last
 
 
 def _job(app: Any, task_id: str, request: Any) -> NewJob:

@@ -2,8 +2,8 @@
 
 import time
 
-import pyvips
 import pytest
+import pyvips
 
 from tests.tooling.waiting import eventually
 
