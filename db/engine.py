@@ -1,52 +1,39 @@
-"""Connections to the job database: in goes a URL, out come transactions that are safe across fork and between writers.
+"""Connections to the job database: in goes a URL, out come transactions that any process and thread may use.
 
-SQLite transactions begin IMMEDIATE, because a read that turns into a write fails at once with SQLITE_BUSY_SNAPSHOT and
-pysqlite's own BEGIN loses updates. One lock serialises a process's database calls and is held while it forks: a child
-forked while a thread was inside SQLite inherits SQLite's locked mutexes and hangs (measured: one fork in ten).
+A process that forks needs no care: its children open connections of their own. Errors that waiting or an operator can
+mend are raised as `db.errors` names them.
 """
 
 import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy import Connection, make_url
+from sqlalchemy.exc import SQLAlchemyError
 
-from tasks.errors import DatabaseNotReady
+from db import sqlite
+from db.errors import explained, is_transient
+from db.postgres import PostgresPool
+from db.sqlite import SqliteFile
+
+__all__ = ["Database", "is_transient", "patiently"]
 
 T = TypeVar("T")
 
-NETWORK_FILE_SYSTEMS: Final = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "glusterfs", "ceph"}
-)
-BUSY_TIMEOUT_MS: Final = 5000
-
-_fork_lock = threading.RLock()
-_inherited: list[Engine] = []
-
-
-def _renew_fork_lock() -> None:
-    global _fork_lock
-    _fork_lock = threading.RLock()
-
-
-os.register_at_fork(
-    before=lambda: _fork_lock.acquire(), after_in_parent=lambda: _fork_lock.release(), after_in_child=_renew_fork_lock
-)
-
 
 class Database:
-    """One database, whichever process asks: each process opens its own connections on first use.
+    """One database, whichever process asks.
 
     Args:
         url: SQLAlchemy URL, `sqlite:///...` or `postgresql://...`.
         mmap_bytes: SQLite's `mmap_size`.
-        pool_size: Connections that a process keeps open.
+        pool_size: Connections to PostgreSQL that a process keeps open; to SQLite it is one.
         dumps, loads: JSON text of a document and back.
     """
 
@@ -61,11 +48,15 @@ class Database:
     ) -> None:
         self.url: Final = make_url(url)
         self.is_sqlite: Final = self.url.get_backend_name() == "sqlite"
-        self._options: Final[dict[str, Any]] = {"json_serializer": dumps, "json_deserializer": loads}
-        self._pool_size: Final = pool_size
-        self._mmap_bytes: Final = mmap_bytes
-        self._engine: Engine | None = None
-        self._pid = 0
+        options = {"json_serializer": dumps, "json_deserializer": loads}
+        self._server: Final = (
+            SqliteFile(self.url, mmap_bytes=mmap_bytes, options=options)
+            if self.is_sqlite
+            else PostgresPool(self.url, pool_size=pool_size, options=options)
+        )
+        self._here = _Here()
+        self._is_checked = False
+        _databases.add(self)
 
     def __str__(self) -> str:
         return self.url.render_as_string(hide_password=True)
@@ -73,113 +64,96 @@ class Database:
     @property
     def path(self) -> Path | None:
         """The SQLite file, or None for PostgreSQL."""
-        return Path(self.url.database) if self.is_sqlite and self.url.database else None
-
-    @property
-    def engine(self) -> Engine:
-        """This process's engine. A child keeps the parent's referenced: closing it would drop the parent's locks."""
-        if self._engine is None or self._pid != os.getpid():
-            if self._engine is not None:
-                _inherited.append(self._engine)
-            self._engine, self._pid = self._open(), os.getpid()
-        return self._engine
+        return self._server.path
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A read-write transaction: committed at the end, rolled back on an error."""
-        with _fork_lock, self.engine.begin() as connection:
+        """A read-write transaction: committed at the end, rolled back on an error. Inside another one it joins that.
+
+        Raises:
+            DatabaseUnavailable: Locked, unreachable, full; after an error at its end it may be committed nevertheless.
+            DatabaseUnusable: No database, damaged, read-only, or refused.
+        """
+        if self._here.is_in_transaction and self._here.connection is not None:
+            yield self._here.connection
+            return
+        with self._entered(self._server.transaction(self._here.connection), is_in_transaction=True) as connection:
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A short read that takes no write lock."""
-        with _fork_lock, self.engine.connect() as connection:
-            yield connection.execution_options(is_reading=True)
+        """A connection on which each statement is a transaction of its own. Inside `transaction()` it joins that.
+
+        Raises:
+            As `transaction()`.
+        """
+        if self._here.connection is not None:
+            yield self._here.connection
+            return
+        with self._entered(self._server.connection(), is_in_transaction=False) as connection:
+            yield connection
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether this process has looked at the schema of the file or server that it is connected to."""
+        if self._is_checked and self._server.is_replaced:
+            self.close()
+        return self._is_checked
+
+    def mark_checked(self) -> None:
+        self._is_checked = True
 
     def close(self) -> None:
         """Close this process's connections; the next use opens new ones."""
-        if self._engine is not None and self._pid == os.getpid():
-            self._engine.dispose()
-            self._engine = None
+        self._is_checked = False
+        self._server.close()
 
-    def _open(self) -> Engine:
-        if not self.is_sqlite:
-            return create_engine(self.url, pool_size=self._pool_size, pool_pre_ping=True, **self._options)
-        path = self.path
-        if path is None:
-            raise DatabaseNotReady("DATABASE_URL names no file: several processes can't share SQLite in memory")
-        _prepare_directory(path)
-        engine = create_engine(
-            self.url,
-            pool_size=self._pool_size,
-            connect_args={"autocommit": sqlite3.LEGACY_TRANSACTION_CONTROL}
-            if hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL")
-            else {},
-            **self._options,
-        )
-        event.listen(engine, "connect", self._on_connect)
-        event.listen(engine, "begin", _on_begin)
-        return engine
-
-    def _on_connect(self, connection: sqlite3.Connection, _record: object) -> None:
-        connection.isolation_level = None
-        for pragma in (
-            f"busy_timeout={BUSY_TIMEOUT_MS}",
-            "auto_vacuum=INCREMENTAL",
-            "journal_mode=WAL",
-            "synchronous=NORMAL",
-            "foreign_keys=ON",
-            "cache_size=-10000",
-            f"mmap_size={self._mmap_bytes}",
-            "temp_store=MEMORY",
-        ):
-            connection.execute(f"PRAGMA {pragma}").close()
+    @contextmanager
+    def _entered(self, context: AbstractContextManager[Connection], *, is_in_transaction: bool) -> Iterator[Connection]:
+        here = self._here
+        outer = here.connection, here.is_in_transaction
+        try:
+            with context as connection:
+                here.connection, here.is_in_transaction = connection, is_in_transaction
+                try:
+                    yield connection
+                finally:
+                    here.connection, here.is_in_transaction = outer
+        except (SQLAlchemyError, sqlite3.Error) as exc:
+            clear = explained(exc, str(self.path or self))
+            if clear is exc:
+                raise
+            if self.is_sqlite:
+                self._server.close()  # the file may be mended, or another one, by the next use
+            raise clear from exc
 
 
-def _on_begin(connection: Connection) -> None:
-    is_reading = connection.get_execution_options().get("is_reading")
-    connection.exec_driver_sql("BEGIN DEFERRED" if is_reading else "BEGIN IMMEDIATE")
+class _Here(threading.local):
+    """What this thread is in the middle of."""
+
+    connection: Connection | None = None
+    is_in_transaction: bool = False
 
 
-def _prepare_directory(path: Path) -> None:
-    """Make the database's directory.
-
-    Raises:
-        DatabaseNotReady: It can't be made or written, or it is on a network file system, where SQLite's locks and its
-            shared memory don't hold between hosts (https://www.sqlite.org/wal.html).
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise DatabaseNotReady(
-            f"{path.parent} can't be made ({exc.strerror}); set CL_SERVER_DIR to a writable one"
-        ) from exc
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise DatabaseNotReady(f"{path} can't be written; set CL_SERVER_DIR to a directory that this user may write")
-    if (kind := _file_system_of(path.parent)) in NETWORK_FILE_SYSTEMS:
-        raise DatabaseNotReady(f"{path} is on {kind}: SQLite serves one host; set DATABASE_URL=postgresql://...")
+_databases: "weakref.WeakSet[Database]" = weakref.WeakSet()
 
 
-def _file_system_of(directory: Path) -> str:
-    """The file system's type from /proc/self/mounts, by the longest mount point above `directory`; '' elsewhere."""
-    try:
-        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    except OSError:
-        return ""
-    above = [(len(point), kind) for _device, point, kind, *_ in mounts if directory.resolve().is_relative_to(point)]
-    return max(above)[1] if above else ""
+def _before_fork() -> None:
+    sqlite.lock.acquire()
+    for database in list(_databases):
+        database._server.before_fork()
 
 
-def is_transient(exc: BaseException) -> bool:
-    """Whether waiting may help: the database is locked, unreachable, restarting, or dropped the connection."""
-    if isinstance(exc, DBAPIError) and exc.connection_invalidated:
-        return True
-    if isinstance(exc, OperationalError):
-        text = str(exc.orig)
-        return not any(
-            final in text for final in ("no such table", "no such column", "readonly", "malformed", "not a database")
-        )
-    return isinstance(exc, InterfaceError)
+def _after_fork_in_child() -> None:
+    for database in list(_databases):
+        database._here = _Here()
+        database._server.after_fork_in_child()
+    sqlite.lock.release()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=lambda: sqlite.lock.release(), after_in_child=_after_fork_in_child
+)
 
 
 def patiently(
@@ -195,7 +169,7 @@ def patiently(
     while True:
         try:
             return call()
-        except DBAPIError as exc:
+        except SQLAlchemyError as exc:
             if not is_transient(exc):
                 raise
             on_wait(exc, wait_s)

@@ -64,6 +64,8 @@ class UTCDateTime(TypeDecorator[datetime]):
 metadata = MetaData()
 Key = BigInteger().with_variant(Integer, "sqlite")
 Document = JSON(none_as_null=True)
+# Compared byte by byte in PostgreSQL too, as SQLite does: a search by the beginning of an id can then use the index.
+JobId = String(255).with_variant(String(255, collation="C"), "postgresql")
 
 
 def _time(name: str, **options: Any) -> Column[datetime]:
@@ -74,7 +76,7 @@ task_queue = Table(
     "task_queue",
     metadata,
     Column("id", Key, primary_key=True, autoincrement=True),
-    Column("job_id", String(255), nullable=False, unique=True),
+    Column("job_id", JobId, nullable=False, unique=True),
     Column("task_type", String(255), nullable=False),
     Column("queue", String(255), nullable=False),
     Column("parameters", Document, nullable=False),
@@ -109,12 +111,22 @@ task_queue = Table(
     Column("error_module", String(255)),
     Column("error_message", Text),
     Column("message", Document),
-    Index("idx_task_queue_claiming", "status", "queue", text("priority DESC"), "id"),
+    Index(
+        "idx_task_queue_claiming",
+        "queue",
+        text("priority DESC"),
+        "id",
+        sqlite_where=text("status = 'queued'"),
+        postgresql_where=text("status = 'queued'"),
+    ),
     Index("idx_task_queue_worker", "claimed_by", "status"),
     Index("idx_task_queue_created", "created_at"),
+    Index("idx_task_queue_status", "status", "id"),
+    Index("idx_task_queue_type", "task_type", "id"),
     Index(
         "idx_task_queue_group",
         "group_id",
+        "status",
         sqlite_where=text("group_id IS NOT NULL"),
         postgresql_where=text("group_id IS NOT NULL"),
     ),
@@ -124,7 +136,7 @@ task_logs = Table(
     "task_logs",
     metadata,
     Column("id", Key, primary_key=True, autoincrement=True),
-    Column("job_id", String(255), ForeignKey("task_queue.job_id", ondelete="CASCADE")),
+    Column("job_id", JobId, ForeignKey("task_queue.job_id", ondelete="CASCADE")),
     Column("sequence", Integer, nullable=False),
     Column("worker_id", String(255)),
     Column("event_type", String(32), nullable=False),

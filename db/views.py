@@ -41,5 +41,5 @@ def create_statements(dialect: str) -> list[str]:
 
 
 def drop_statements() -> list[str]:
-    """`DROP VIEW` for each view; migrations drop them before a table that they use is altered."""
+    """`DROP VIEW` for each view; done before every upgrade."""
     return [f"DROP VIEW IF EXISTS {name}" for name in NAMES]

@@ -1,9 +1,8 @@
-"""The job tables and views."""
+"""The job tables."""
 
 import sqlalchemy as sa
 from alembic import op
 
-from db import views
 from db.models import UTCDateTime
 
 revision = "1_0"
@@ -13,6 +12,7 @@ depends_on = None
 
 Key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 Document = sa.JSON(none_as_null=True)
+JobId = sa.String(255).with_variant(sa.String(255, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
@@ -28,7 +28,7 @@ def upgrade() -> None:
     op.create_table(
         "task_queue",
         sa.Column("id", Key, autoincrement=True, nullable=False),
-        sa.Column("job_id", sa.String(length=255), nullable=False),
+        sa.Column("job_id", JobId, nullable=False),
         sa.Column("task_type", sa.String(length=255), nullable=False),
         sa.Column("queue", sa.String(length=255), nullable=False),
         sa.Column("parameters", Document, nullable=False),
@@ -66,12 +66,20 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("job_id"),
     )
-    op.create_index("idx_task_queue_claiming", "task_queue", ["status", "queue", sa.text("priority DESC"), "id"])
+    op.create_index(
+        "idx_task_queue_claiming",
+        "task_queue",
+        ["queue", sa.text("priority DESC"), "id"],
+        sqlite_where=sa.text("status = 'queued'"),
+        postgresql_where=sa.text("status = 'queued'"),
+    )
     op.create_index("idx_task_queue_created", "task_queue", ["created_at"], unique=False)
+    op.create_index("idx_task_queue_status", "task_queue", ["status", "id"], unique=False)
+    op.create_index("idx_task_queue_type", "task_queue", ["task_type", "id"], unique=False)
     op.create_index(
         "idx_task_queue_group",
         "task_queue",
-        ["group_id"],
+        ["group_id", "status"],
         unique=False,
         sqlite_where=sa.text("group_id IS NOT NULL"),
         postgresql_where=sa.text("group_id IS NOT NULL"),
@@ -97,7 +105,7 @@ def upgrade() -> None:
     op.create_table(
         "task_logs",
         sa.Column("id", Key, autoincrement=True, nullable=False),
-        sa.Column("job_id", sa.String(length=255), nullable=True),
+        sa.Column("job_id", JobId, nullable=True),
         sa.Column("sequence", sa.Integer(), nullable=False),
         sa.Column("worker_id", sa.String(length=255), nullable=True),
         sa.Column("event_type", sa.String(length=32), nullable=False),
@@ -109,12 +117,3 @@ def upgrade() -> None:
     )
     op.create_index("idx_task_logs_task", "task_logs", ["job_id", "sequence"], unique=True)
     op.create_index("idx_task_logs_worker", "task_logs", ["worker_id", "created_at"], unique=False)
-    for statement in views.create_statements(op.get_bind().dialect.name):
-        op.execute(statement)
-
-
-def downgrade() -> None:
-    for statement in views.drop_statements():
-        op.execute(statement)
-    for table in ("task_logs", "task_queue", "worker_heartbeats", "task_groups"):
-        op.drop_table(table)

@@ -1,0 +1,198 @@
+"""One SQLite file, and this process's one connection to it. Out come transactions that are safe across fork.
+
+- A transaction begins IMMEDIATE: a read that turns into a write fails at once with SQLITE_BUSY_SNAPSHOT, and
+  pysqlite's own BEGIN loses updates.
+- One lock stands around every use of SQLite and around every fork. A child that is forked while a thread is inside
+  SQLite inherits its locked mutexes and hangs (measured: one fork in ten).
+- The connection is closed before a fork and opened again after it. SQLite keeps what it has locked in a table of the
+  process: a child that inherits a file's entry takes no locks of its own, and a parent that closes the file, seeing no
+  other user, deletes the log under the child together with what the child has committed.
+"""
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import URL, Connection, NullPool, create_engine, event
+
+from tasks.errors import DatabaseNotReady
+
+BUSY_TIMEOUT_MS: Final = 5000
+# A wait for another process's write is cut into slices, between which a thread that forks or reads gets the lock.
+_SLICE_MS: Final = 20
+_YIELD_S: Final = 0.001
+# A claim writes 10 pages, and who fills the log writes it back in 4 ms: not one call in a hundred (SQLite's 1000) but
+# one in four hundred.
+_CHECKPOINT_PAGES: Final = 4000
+
+# Locks and shared memory do not hold between hosts: sqlite.org/wal.html, sqlite.org/faq.html#q5
+NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs"}
+    | {"nfs", "nfs4", "smb3", "smbfs"}
+)
+
+lock: Final = threading.RLock()
+_inherited: list[Connection] = []  # a child must not close its parent's handles: sqlite.org/howtocorrupt.html
+
+
+class SqliteFile:
+    """The file behind `url`; it is made, with its directory, at the first use.
+
+    Args:
+        mmap_bytes: SQLite's `mmap_size`.
+        options: More arguments of SQLAlchemy's `create_engine`.
+    """
+
+    def __init__(self, url: URL, *, mmap_bytes: int, options: dict[str, Any]) -> None:
+        if not url.database or url.database == ":memory:":
+            raise DatabaseNotReady("DATABASE_URL names no file: several processes can't share SQLite in memory")
+        self.path: Final = Path(url.database)
+        self._mmap_bytes: Final = mmap_bytes
+        self._engine: Final = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
+        event.listen(self._engine, "connect", self._on_connect)
+        self._connection: Connection | None = None
+        self._identity = (0, 0)
+
+    @contextmanager
+    def connection(self, _outer: Connection | None = None) -> Iterator[Connection]:
+        """This process's connection, for this thread alone; each statement is a transaction of its own."""
+        with lock:
+            yield self._opened()
+
+    @contextmanager
+    def transaction(self, _outer: Connection | None = None) -> Iterator[Connection]:
+        """A transaction that holds the file's write lock; waits for it up to BUSY_TIMEOUT_MS."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+        while True:
+            with lock:
+                connection = self._opened()
+                handle: Any = connection.connection.dbapi_connection
+                if _begin(handle, is_last_try=time.monotonic() > deadline):
+                    try:
+                        yield connection
+                        handle.commit()
+                    except BaseException:
+                        handle.rollback()
+                        raise
+                    return
+            time.sleep(_YIELD_S)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the path leads to another file than the one that is open, or to none."""
+        return self._connection is not None and _identity(self.path) != self._identity
+
+    def close(self) -> None:
+        """Close the connection, unless this thread is in a transaction; the next use opens it again."""
+        with lock:
+            connection = self._connection
+            if connection is not None and not getattr(connection.connection.dbapi_connection, "in_transaction", False):
+                self._connection = None
+                connection.close()
+
+    def before_fork(self) -> None:
+        """Called with the lock held."""
+        self.close()
+
+    def after_fork_in_child(self) -> None:
+        """Let go of a connection in whose transaction the parent forked."""
+        if self._connection is not None:
+            _inherited.append(self._connection)
+            self._connection = None
+
+    def _opened(self) -> Connection:
+        if self._connection is None:
+            _prepare_directory(self.path)
+            self._connection = self._engine.connect()
+            self._identity = _identity(self.path)
+        return self._connection
+
+    def _on_connect(self, handle: sqlite3.Connection, _record: object) -> None:
+        deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+        for pragma in (
+            f"busy_timeout={BUSY_TIMEOUT_MS}",
+            "auto_vacuum=INCREMENTAL",  # takes effect in an empty file only, so before WAL writes its first page
+            "journal_mode=WAL",
+            "synchronous=NORMAL",  # a commit survives the death of any process; a power cut may undo the last ones
+            "foreign_keys=ON",
+            "cache_size=-10000",
+            f"mmap_size={self._mmap_bytes}",
+            "temp_store=MEMORY",
+            f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
+        ):
+            _set(handle, pragma, deadline)
+
+
+def _set(handle: sqlite3.Connection, pragma: str, deadline: float) -> None:
+    while True:
+        try:
+            handle.execute(f"PRAGMA {pragma}").close()
+            return
+        except sqlite3.OperationalError as exc:
+            # Processes that switch a new file to WAL at once: SQLite doesn't wait here, whatever the timeout.
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _begin(handle: sqlite3.Connection, *, is_last_try: bool) -> bool:
+    """Take the write lock; False if another process holds it for longer than a slice."""
+    handle.execute(f"PRAGMA busy_timeout={_SLICE_MS}").close()
+    try:
+        handle.execute("BEGIN IMMEDIATE").close()
+    except sqlite3.OperationalError as exc:
+        if is_last_try or exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    finally:
+        handle.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}").close()
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)  # noqa: PTH116 (called for each transaction, and half as dear as Path.stat)
+    except OSError:
+        return (0, 0)
+    return (status.st_dev, status.st_ino)
+
+
+def _prepare_directory(path: Path) -> None:
+    """Make the database's directory.
+
+    Raises:
+        DatabaseNotReady: It can't be made or written, or it is on a network file system.
+    """
+    remedy = "set CL_SERVER_DIR to a directory that this user may write"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as exc:
+        raise DatabaseNotReady(f"{path}: a file stands where its directory should be; {remedy}") from exc
+    except OSError as exc:
+        raise DatabaseNotReady(f"{path.parent} can't be made ({exc.strerror}); {remedy}") from exc
+    if path.is_dir():
+        raise DatabaseNotReady(f"{path} is a directory; name a file in DATABASE_URL")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise DatabaseNotReady(f"{path} can't be written; {remedy}")
+    with suppress(OSError):  # no /proc: not Linux
+        if (kind := file_system_of(path.parent, Path("/proc/self/mounts").read_text())) in NETWORK_FILE_SYSTEMS:
+            raise DatabaseNotReady(
+                f"{path} is on a network file system ({kind}), where SQLite serves no two hosts; "
+                "set CL_SERVER_DIR to a local disk, or DATABASE_URL=postgresql://..."
+            )
+
+
+def file_system_of(directory: Path, mounts: str) -> str:
+    """The type of the file system that holds `directory`, by the text of /proc/self/mounts; '' if none does."""
+    directory, found = directory.resolve(), ("", "")
+    for line in mounts.splitlines():
+        _device, point, kind, *_ = line.split(" ")
+        point = point.encode().decode("unicode_escape")  # blanks stand there as \040
+        if directory.is_relative_to(point) and len(point) >= len(found[0]):  # a later mount hides an earlier one
+            found = (point, kind)
+    return found[1]

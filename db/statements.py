@@ -1,0 +1,243 @@
+"""The statements of the store that run for every job, built once. Their parameters are named `b_...`.
+
+A `Change` is one INSERT or UPDATE of one job with the log rows that go with it. PostgreSQL does it in one statement, so
+in one round trip; SQLite, which takes no INSERT inside a WITH, in two.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Final
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    String,
+    Update,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    union_all,
+    update,
+)
+
+from db.models import Document, Status, UTCDateTime, task_groups, task_logs, task_queue, worker_heartbeats
+
+ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
+UNFINISHED: Final = (Status.QUEUED, Status.CLAIMED, Status.RUNNING)
+UNSUCCESSFUL: Final = (Status.FAILED, Status.CANCELLED)
+
+_job = task_queue.c
+
+
+def is_one_of(statuses: Iterable[Status]) -> ColumnElement[bool]:
+    """As `status IN (...)`, whose text SQLAlchemy puts together anew at each call (20 us)."""
+    return or_(*[_job.status == status for status in statuses])
+
+
+of_job = _job.job_id == bindparam("b_job_id")
+of_attempt = and_(of_job, _job.attempt == bindparam("b_attempt"), is_one_of(ACTIVE))
+RETURNED: Final = (
+    _job.job_id,
+    _job.publication,
+    _job.priority,
+    _job.attempt,
+    _job.deaths,
+    _job.sequence,
+    _job.claimed_by,
+)
+LOG: Final = insert(task_logs)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A statement that returns RETURNED, and its events; the row's sequence number is that of the last one."""
+
+    statement: Any
+    events: tuple[str, ...]
+    tells_attempt: bool = True
+
+    def execute(self, connection: Connection, bound: Mapping[str, Any]) -> Row[Any] | None:
+        """Change the row and log it; None if there was nothing to change. `bound` holds `b_now` and `b_worker`.
+
+        On PostgreSQL it is atomic by itself, on SQLite inside a transaction.
+        """
+        if connection.dialect.name == "postgresql":
+            return connection.execute(self._with_log, bound).one_or_none()
+        row = connection.execute(self.statement, bound).one_or_none()
+        if row is not None:
+            details = {"attempt": row.attempt} if self.tells_attempt else None
+            worker_id = row.claimed_by or bound["b_worker"]
+            connection.execute(
+                LOG,
+                [
+                    log_row(row.job_id, row.sequence - back, event, worker_id, bound["b_now"], None, details)
+                    for back, event in self._numbered
+                ],
+            )
+        return row
+
+    @property
+    def _numbered(self) -> list[tuple[int, str]]:
+        """Each event with its distance from the row's sequence number."""
+        return [(len(self.events) - number, event) for number, event in enumerate(self.events, 1)]
+
+    @cached_property
+    def _with_log(self) -> Any:
+        changed = self.statement.cte("changed")
+        attempt = func.json_build_object("attempt", changed.c.attempt, type_=Document)
+        rows = [
+            select(
+                changed.c.job_id,
+                changed.c.sequence - back,
+                func.coalesce(changed.c.claimed_by, bindparam("b_worker", type_=String)),
+                literal(event),
+                attempt if self.tells_attempt else null(),
+                bindparam("b_now", type_=UTCDateTime),
+            )
+            for back, event in self._numbered
+        ]
+        columns = ("job_id", "sequence", "worker_id", "event_type", "details", "created_at")
+        log = insert(task_logs).from_select(columns, union_all(*rows) if len(rows) > 1 else rows[0])
+        return select(changed).add_cte(log.cte("logged"))
+
+
+def log_row(
+    job_id: str | None,
+    sequence: int,
+    event: str,
+    worker_id: str | None,
+    at: datetime,
+    message: str | None,
+    details: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "job_id": job_id,
+        "sequence": sequence,
+        "event_type": event,
+        "worker_id": worker_id,
+        "created_at": at,
+        "message": message,
+        "details": details,
+    }
+
+
+_ENQUEUED: Final = (
+    "job_id",
+    "task_type",
+    "queue",
+    "parameters",
+    "priority",
+    "max_retries",
+    "retry_count",
+    "run_after_utc",
+    "expires_at",
+    "root_id",
+    "parent_id",
+    "group_id",
+    "group_index",
+    "in_chord",
+    "message",
+    "publication",
+)
+
+
+def enqueue(dialect: Any) -> Change:
+    """A new row, unless its job_id is there already; in the words of `dialect`, which is SQLAlchemy's module."""
+    values = {name: bindparam(f"b_{name}", type_=_job[name].type) for name in _ENQUEUED}
+    times = dict.fromkeys(("created_at", "updated_at", "published_at"), bindparam("b_now", type_=UTCDateTime))
+    statement = dialect.insert(task_queue).values(**values, **times, status=Status.QUEUED)
+    statement = statement.on_conflict_do_nothing(index_elements=["job_id"]).returning(*RETURNED)
+    return Change(statement, ("created",), tells_attempt=False)
+
+
+def _claimed(*fences: Any, events: int, **more: Any) -> Update:
+    return (
+        update(task_queue)
+        .where(*fences)
+        .values(
+            status=Status.RUNNING,
+            claimed_by=bindparam("b_worker"),
+            claimed_at=bindparam("b_now"),
+            started_at=bindparam("b_now"),
+            updated_at=bindparam("b_now"),
+            progress=0.0,
+            stage=None,
+            attempt=_job.attempt + 1,
+            deliveries=_job.deliveries + 1,
+            sequence=_job.sequence + events,
+            **more,
+        )
+    )
+
+
+CLAIM: Final = Change(
+    _claimed(of_job, _job.publication == bindparam("b_publication"), _job.status == Status.QUEUED, events=2).returning(
+        *RETURNED
+    ),
+    ("claimed", "started"),
+)
+# Its first event, "lost", is the former holder's, and logged apart.
+TAKE_OVER: Final = Change(
+    _claimed(of_attempt, events=3, deaths=_job.deaths + 1).returning(*RETURNED), ("claimed", "started")
+)
+COMPLETE: Final = Change(
+    update(task_queue)
+    .where(of_attempt)
+    .values(
+        status=Status.COMPLETED,
+        progress=100.0,
+        result_data=bindparam("b_result"),
+        error_type=None,
+        error_module=None,
+        error_message=None,
+        completed_at=bindparam("b_now"),
+        updated_at=bindparam("b_now"),
+        sequence=_job.sequence + 1,
+    )
+    .returning(*RETURNED),
+    ("completed",),
+)
+PROGRESS: Final = (
+    update(task_queue)
+    .where(of_attempt)
+    .values(progress=bindparam("b_progress"), stage=bindparam("b_stage"), updated_at=bindparam("b_now"))
+)
+OWNS: Final = select(literal(1)).select_from(task_queue).where(of_attempt)
+JOB: Final = select(task_queue).where(of_job)
+STANDING: Final = (
+    select(
+        _job.status,
+        _job.publication,
+        _job.priority,
+        _job.attempt,
+        _job.deaths,
+        _job.claimed_by,
+        _job.created_at,
+        _job.claimed_at,
+        _job.published_at,
+        _job.completed_at,
+        worker_heartbeats.c.last_heartbeat,
+        worker_heartbeats.c.status.label("worker_status"),
+    )
+    .select_from(task_queue.outerjoin(worker_heartbeats, worker_heartbeats.c.worker_id == _job.claimed_by))
+    .where(of_job)
+)
+
+of_chord = and_(_job.group_id == bindparam("b_group_id"), _job.in_chord)
+# Whether any member is still to end, or ended badly, is one step in the index, however many members there are.
+CHORD: Final = select(
+    select(task_groups.c.size).where(task_groups.c.group_id == bindparam("b_group_id")).scalar_subquery().label("size"),
+    select(1).where(of_chord, is_one_of(UNSUCCESSFUL)).exists().label("is_failed"),
+    select(1).where(of_chord, is_one_of(UNFINISHED)).exists().label("is_running"),
+)
+CHORD_COMPLETED: Final = select(func.count(case((_job.status == Status.COMPLETED, 1)))).where(of_chord)
+CHORD_RESULTS: Final = select(_job.result_data).where(of_chord).order_by(_job.group_index, _job.id)
