@@ -28,6 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from tasks.errors import MediaTasksError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEFT_ASIDE = (
     *("CELERY_", "MQTT_", "WORKER_", "LEASE_", "LOG_", "SQLITE_", "DATABASE_URL", "DB_POOL_SIZE", "ENQUEUE", "MIRROR"),
@@ -118,8 +120,8 @@ def main() -> int:
     signal.signal(signal.SIGHUP, _interrupt)
     try:
         return run(console, arguments.input, arguments.limit)
-    except DemoFailed as exc:
-        console.print("\n[bold red]The demo failed:[/] ", Text(str(exc)), sep="")
+    except (DemoFailed, MediaTasksError) as exc:
+        console.print("\n[bold red]The demo failed:[/] ", Text(str(exc)), sep="", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("\nStopped. The worker is gone; jobs that had not ended would go on with the next one.")
@@ -210,9 +212,8 @@ def make_place(folder: Path | None) -> tuple[Path, Path]:
                 raise DemoFailed(f"CL_SERVER_DIR={given} lies in {folder}, where nothing is to be written; set another")
             server_dir.mkdir(parents=True, exist_ok=True)
             return server_dir, Path(tempfile.mkdtemp(prefix="demo-", dir=server_dir))
-        for parent in (Path(tempfile.gettempdir()), Path("/var/tmp"), Path.home() / ".cache"):  # noqa: S108 (mkdtemp in it)
+        for parent in (Path(tempfile.gettempdir()), Path("/var/tmp")):  # noqa: S108 (mkdtemp in it)
             if folder is None or not parent.resolve().is_relative_to(folder.resolve()):
-                parent.mkdir(parents=True, exist_ok=True)
                 place = Path(tempfile.mkdtemp(prefix="media-tasks-demo-", dir=parent)).resolve()
                 return place, place
     except OSError as exc:
@@ -309,7 +310,6 @@ def _interrupt(*_: object) -> None:
 def submit(images: Sequence[Path], folder: Path, outputs: Path) -> list[Job]:
     """Three jobs for each image; its outputs get a directory with its name."""
     from tasks import app
-    from tasks.errors import MediaTasksError
 
     app.load_capabilities()
     jobs = []
@@ -391,9 +391,8 @@ def _lines(console: Console, jobs: Sequence[Job]) -> Iterator[Callable[[], None]
                 continue
             said.add(id(job))
             how = f"failed: {job.reason}" if job.has_failed else f"{job.took_s:.2f} s"
-            console.print(
-                f"  {len(said):3}/{len(jobs)}  {job.kind.task:17} {_shown(job.image.name)}  {how}", markup=False
-            )
+            line = f"  {len(said):3}/{len(jobs)}  {job.kind.task:17} {_shown(job.image.name)}  {_shown(how)}"
+            console.print(line, markup=False, soft_wrap=True)
 
     yield show
 
@@ -412,7 +411,7 @@ def show_outputs(console: Console, jobs: Sequence[Job], folder: Path) -> None:
     """A line for each image: what each job made of it; then why jobs failed."""
     has_room = console.width >= WIDE_COLUMNS
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("  input", no_wrap=True, overflow="ellipsis", max_width=40 if has_room else 22)
+    table.add_column("  input", no_wrap=True)
     if has_room:
         table.add_column("size", justify="right", no_wrap=True)
     for kind in KINDS:
@@ -425,19 +424,28 @@ def show_outputs(console: Console, jobs: Sequence[Job], folder: Path) -> None:
         name = str(image.relative_to(folder)) if image != folder else image.name
         took = f"{sum(job.took_s for job in mine):.1f} s"
         size = [_size(_bytes_of(image))] if has_room else []
-        table.add_row(f"  {_shown(name)}", *size, *(_outcome(job, has_room) for job in mine), took)
+        table.add_row(
+            f"  {_end_of(_shown(name), 38 if has_room else 20)}",
+            *size,
+            *(_outcome(job, has_room) for job in mine),
+            took,
+        )
     console.print()
     console.print(table, markup=False)
     reasons: dict[Path, str] = {}
     for job in jobs:
         if job.has_failed:
             reasons.setdefault(job.image, job.reason)
+    grid = Table.grid(padding=(0, 1, 0, 0))
     for image, reason in list(reasons.items())[:SHOWN_FAILURES]:
         said = reason if image.name in reason else f"{image.name}: {reason}"
-        console.print(Text("\n  ✗ ", style="red"), Text(_shown(said)), sep="", end="")
+        grid.add_row(Text("  ✗", style="red"), Text(_shown(said)))
     if len(reasons) > SHOWN_FAILURES:
-        console.print(f"\n  ... and {len(reasons) - SHOWN_FAILURES} more", end="")
-    console.print("\n" if reasons else "")
+        grid.add_row("", f"and {len(reasons) - SHOWN_FAILURES} more")
+    if reasons:
+        console.print()
+        console.print(grid)
+    console.print()
 
 
 def _outcome(job: Job, has_room: bool) -> Text:
@@ -460,7 +468,7 @@ def show_summary(console: Console, jobs: Sequence[Job], elapsed_s: float, server
     completed = len(jobs) - failed
     console.print(
         f"  [bold]{len(jobs)} jobs in {elapsed_s:.1f} s[/]: [green]{completed} completed[/]"
-        + (f", [red]{failed} failed[/] for good, each with its reason" if failed else "")
+        + (f", [red]{failed} failed[/] for good" if failed else "")
         + ". Nothing keeps running.\n"
     )
     celery = Path(sys.executable).with_name("celery")
@@ -484,6 +492,10 @@ def _say(console: Console, done: str) -> None:
 def _shown(text: str) -> str:
     """On one line, without what could steer a terminal: a file's name may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _end_of(name: str, length: int) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _count(number: int, what: str) -> str:

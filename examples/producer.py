@@ -6,6 +6,7 @@ python examples/producer.py a.jpg b.png    # writes into ./out
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from celery import chain, group
 
@@ -41,7 +42,7 @@ def main(paths: list[str], out: Path = Path("out")) -> None:
         show(made)
 
 
-def show(made: dict) -> None:
+def show(made: dict[str, Any]) -> None:
     print(f"{made['output']}: {made['width']} x {made['height']} px, {made['size_bytes']:,} bytes")
 
 

@@ -31,12 +31,17 @@ def app_of(ctx: click.Context) -> Any:
     app = ctx.find_root().obj.app
     ours = sys.modules.get("tasks.celery")
     if ours is None or not isinstance(app, ours.MediaTasks):
-        words = ctx.command_path.split()[1:]
+        command = _command_of(ctx)
         raise click.ClickException(
-            f"`{' '.join(words)}` is a command of Media Tasks, and this is another app ({app.main or 'no name'}); "
-            f"run: celery -A tasks {' '.join(words)}"
+            f"`{command}` is a command of Media Tasks, and this is another app ({app.main or 'without a name'}); "
+            f"run: celery -A tasks {command}"
         )
     return app
+
+
+def _command_of(ctx: click.Context) -> str:
+    """The words after `celery`, without options and arguments."""
+    return f"{_command_of(ctx.parent)} {ctx.info_name}".strip() if ctx.parent else ""
 
 
 def with_app(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,9 +56,9 @@ def _command_of(task: "Job") -> click.Command:
     ]
 
     def run(*, job_priority: int | None, job_wait: bool, job_timeout: float | None, **given: Any) -> None:
-        arguments = {name: value for name, value in given.items() if value is not None}
+        args, kwargs = _called_with(task, given)
         with readable_errors():
-            result = task.apply_async(kwargs=arguments, priority=job_priority)
+            result = task.apply_async(args, kwargs, priority=job_priority)
             if job_wait:
                 _wait(task, result, job_timeout)
                 return
@@ -71,11 +71,28 @@ def _command_of(task: "Job") -> click.Command:
 
 def _own(task: "Job", name: str, **options: Any) -> click.Option:
     """An option of `submit` itself. A capability may have an argument of the same name: its own goes first."""
-    flag = f"--job-{name}" if name in task.parameters else f"--{name}"
+    flag = f"--job-{name}" if name in _parameters(task) else f"--{name}"
     return click.Option([flag, f"job_{name}"], **options)
 
 
 # From a declaration to options
+
+
+def _parameters(task: "Job") -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(task.run).parameters
+
+
+def _called_with(task: "Job", given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """What was given, by name; by place only where any number of arguments may follow."""
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    args: list[Any] = []
+    parameters = list(_parameters(task).values())
+    kinds = [parameter.kind for parameter in parameters]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        last = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        args = [kwargs.pop(parameter.name) for parameter in parameters[:last] if parameter.name in kwargs]
+        args += kwargs.pop(parameters[last].name)
+    return args, kwargs
 
 
 def _declared(task: "Job", described: Mapping[str, str]) -> list[click.Parameter]:
@@ -85,12 +102,14 @@ def _declared(task: "Job", described: Mapping[str, str]) -> list[click.Parameter
     body: Any = task.run
     hints = get_type_hints(inspect.unwrap(getattr(body, "__func__", body)))
     declared: list[click.Parameter] = []
-    for name, parameter in task.parameters.items():
-        if parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
-            continue
+    for name, parameter in _parameters(task).items():
         is_required = parameter.default is inspect.Parameter.empty
         kind = _kind_of(hints.get(name, str))
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            declared.append(click.Argument([name], type=kind, nargs=-1))
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
+        elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             declared.append(_option(name, kind, parameter.default, is_required, described.get(name, "")))
         else:
             declared.append(click.Argument([name], type=kind, required=is_required))

@@ -1,0 +1,90 @@
+"""What `celery` itself shows of our commands, for this app and for those of others."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("tasks.celery", "tasks.job", "tasks.settings", "tasks.capabilities")
+HEAVY_PACKAGES = ("sqlalchemy", "alembic", "rich", "db", "pyvips", "PIL", "numpy", "tasks.media")
+# Flower, a command of Celery's own neighbourhood, may be installed or not: what it imports is not ours.
+WHAT_THEY_IMPORT = """
+import json, sys
+import click, kombu
+before = set(sys.modules)
+from tasks.cli import db, jobs, submit
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_help_lists_the_commands_with_what_they_are_for(celery):
+    lines = celery("--help").stdout.splitlines()
+
+    assert any(line.startswith("  submit   Submit a job: submit image_resize") for line in lines)
+    assert any(line.startswith("  jobs     Look at jobs") for line in lines)
+    assert any(line.startswith("  db       Look after the job database") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("group", "commands"),
+    [("jobs", ["list", "show"]), ("db", ["backup", "checkpoint", "pragmas", "stats", "upgrade", "vacuum"])],
+)
+def test_the_help_of_a_group_lists_its_commands(celery, group, commands):
+    done = celery(group, "--help")
+
+    listed = done.stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in listed if line[2] != " "] == commands
+
+
+@pytest.mark.parametrize(
+    ("app", "command"),
+    [
+        ("tests.tooling.sample_app", "jobs list"),
+        ("tests.tooling.sample_app", "submit image_resize a b --width 8"),
+        (None, "db stats"),
+    ],
+)
+def test_another_app_is_told_whose_commands_these_are(celery, app, command):
+    done = celery(*command.split(), app=app)
+
+    assert done.returncode == 1
+    assert "of Media Tasks, and this is another app" in done.error
+    assert f"run: celery -A tasks {command.split()[0]}" in done.error
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_setting_that_cannot_be_used_is_named_in_one_line(celery):
+    done = celery("jobs", "list", env={"MAX_PIXELS": "many"})
+
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "MAX_PIXELS='many' is not a whole number" in done.stderr
+
+
+def test_a_server_directory_that_cannot_be_made_is_named_in_one_line(celery, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    done = celery("jobs", "list", env={"CL_SERVER_DIR": tmp_path / "file" / "server"})
+
+    assert done.returncode == 1
+    assert f"{tmp_path}/file/server" in done.error
+    assert "CL_SERVER_DIR" in done.error
+
+
+def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, tmp_path):
+    env = {"CELERY_BROKER_URL": "redis://127.0.0.1:1/0"}
+
+    done = celery("submit", "image_resize", "a.jpg", "b.webp", "--width", 80, env=env)
+
+    assert done.returncode == 1
+    assert "the broker does not answer" in done.error
+
+
+def test_no_command_of_another_app_pays_for_ours():
+    """Celery imports the entry points of everybody's commands, whatever it is asked for."""
+    done = subprocess.run([sys.executable, "-c", WHAT_THEY_IMPORT], capture_output=True, text=True, check=True)
+
+    imported = json.loads(done.stdout)
+    assert "tasks.cli.jobs" in imported
+    assert [name for name in imported if name in HEAVY or name.startswith(HEAVY_PACKAGES)] == []
