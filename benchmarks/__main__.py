@@ -25,6 +25,7 @@ FIGURES = {
 
 def main() -> None:
     arguments = _arguments()
+    about = machine()
     rows: list[Row] = []
     print("| figure | target | measured | |\n|---|---|---|---|")
     for name in arguments.names or FIGURES:
@@ -37,7 +38,6 @@ def main() -> None:
                 print(f"| {row.figure} | {row.target} | {row.measured} | {row.detail} |", flush=True)
                 rows.append(row)
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-    about = machine()
     print("\n" + "\n".join(f"{name}: {value}  " for name, value in about.items()))
     if arguments.json:
         document = {"rows": [asdict(row) for row in rows], "machine": about}

@@ -26,7 +26,7 @@ def machine() -> dict[str, str]:
     return {
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB, {platform.system()}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; load of others at the end {os.getloadavg()[0]:.1f}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; load average before {os.getloadavg()[0]:.1f}",
     }
 
 

@@ -1,4 +1,4 @@
-"""What a producer pays to start: fresh processes that import the package, against those that make an empty Celery app."""
+"""What a producer pays to start: fresh processes that import the package, against some that make a Celery app."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def measure(options: Options) -> list[Row]:
         [
             sys.executable,
             "-c",
-            f"import sys; from tasks import image_resize; print(*(set({ENGINES}) & set(sys.modules)))",
+            f"from tasks import image_resize; import sys; print(*(set({ENGINES}) & {{*sys.modules}}))",
         ],
         check=True,
         capture_output=True,

@@ -23,7 +23,7 @@ BARE, USUAL = "a bare loop in 2 processes", "Celery + Redis + Pillow"
 def measure(options: Options) -> list[Row]:
     images, what = photos(options)
     redis = redis_server()
-    rounds = options.rounds(3, 7)
+    rounds = options.rounds(3, 9)
     with ExitStack() as stack:
         enter = stack.enter_context
         bare = enter(bare_loop(options))
