@@ -15,9 +15,9 @@ from db.engine import patiently
 from db.models import Status
 from db.store import NewJob, Publication, now
 from tasks import capabilities
-from tasks.errors import InvalidArguments, UnknownQueue, UnknownTask
+from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, warn_of_waiting
-from tasks.results import describe
+from tasks.results import describe, unsent
 
 PRIORITY_DEFAULT: Final = 5
 PRIORITIES: Final = range(1, 11)
@@ -37,7 +37,8 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     """Write the row, then call `publish` (Celery's own `send_task`) with its publication in the headers.
 
     A job id that is known already is not sent again, unless its job has failed or was cancelled (then it is replayed)
-    or this is its own retry.
+    or this is its own retry. Within a worker (the next step of a chain, say) nothing is raised for a job that can't
+    work: it fails, with what depends on it, and not the job that submits it.
 
     Raises:
         UnknownTask, UnknownQueue: Nobody can run it; nothing was written.
@@ -45,17 +46,22 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     """
     task = options.get("task_type") or app.tasks.get(name)
     current = app.current_worker_task
-    if isinstance(task, Job):
-        if current is None:
-            args, kwargs = task.absolute(args or (), kwargs or {})
-        if not options.get("retries"):
-            task.checked(args, kwargs)
-    options["queue"] = queue = _queue_of(app, task, name, options.get("queue"))
+    args, kwargs = list(args or ()), dict(kwargs or {})
     task_id = options["task_id"] = options.get("task_id") or app.new_id()
+    job = None
     if current is not None and current.request.id == task_id:
         publication = _requeue(app, current.request, options)
     else:
-        job = _new_job(task, name, queue, args, kwargs, options, current)
+        try:
+            if current is None and isinstance(task, Job):
+                args, kwargs = task.arguments.absolute(args, kwargs)
+            options["queue"] = _queue_of(app, task, name, options.get("queue"))
+            job = _new_job(task, name, args, kwargs, options, current)
+        except PermanentError as exc:
+            if current is None:
+                raise
+            app.backend.mark_as_failure(task_id, exc, request=unsent(name, args, kwargs, options))
+            return app.AsyncResult(task_id)
         publication = app.store.enqueue(job) or app.store.replay(task_id)
     if publication is None:
         return app.AsyncResult(task_id)
@@ -64,8 +70,8 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     try:
         return publish(name, args, kwargs, **options)
     except Exception as exc:
-        if publication.number == 1:
-            app.store.end(job, Status.FAILED, describe(exc), publication=1)
+        if job is not None:
+            app.store.end(job, Status.FAILED, describe(exc), publication=publication.number)
         raise
 
 
@@ -87,14 +93,14 @@ def _requeue(app: Any, request: Any, options: Mapping[str, Any]) -> Publication 
 
 
 def _new_job(
-    task: Any, name: str, queue: str, args: Any, kwargs: Any, options: Mapping[str, Any], parent: Any
+    task: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any], parent: Any
 ) -> NewJob:
     request = parent.request if parent is not None else None
     return NewJob(
         job_id=options["task_id"],
         task_type=name,
-        queue=queue,
-        parameters=task.named(args, kwargs) if isinstance(task, Job) else {"args": list(args or ()), **(kwargs or {})},
+        queue=options["queue"],
+        parameters=task.checked(args, kwargs) if isinstance(task, Job) else {"args": args, **kwargs},
         priority=_priority(name, options.get("priority")),
         max_retries=getattr(task, "max_retries", None),
         retry_count=options.get("retries") or 0,
@@ -106,8 +112,8 @@ def _new_job(
         group_index=options.get("group_index"),
         in_chord=options.get("chord") is not None,
         message={
-            "args": list(args or ()),
-            "kwargs": dict(kwargs or {}),
+            "args": args,
+            "kwargs": kwargs,
             "options": {key: value for key, value in options.items() if key not in _NOT_KEPT and value is not None},
         },
     )
@@ -116,11 +122,11 @@ def _new_job(
 def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:
     """The queue to publish to: the task's own name, unless the caller names one that is known."""
     queue = getattr(queue, "name", queue) or getattr(task, "queue", None) or name
-    declared = set(capabilities.names(app))
-    if name in declared and queue in declared:
+    if name == queue and name in app.tasks:
         return str(queue)
+    declared = set(capabilities.names(app))
     served = {served for worker in app.live_workers() for served in worker["capabilities"]}
-    known = declared | served | set(app.conf.task_queues or ())
+    known = declared | served | {queue.name for queue in app.conf.task_queues or ()}
     if name not in declared and name not in served and queue not in served:
         raise UnknownTask(f"no worker serves {name}{capabilities.nearest(name, known)}")
     if queue not in known:

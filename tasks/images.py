@@ -8,9 +8,10 @@ Time limits need the prefork pool, and a soft one can't interrupt a call into li
 from collections.abc import Sequence
 from typing import Any
 
+from tasks.arguments import InputPath, OutputPath
 from tasks.celery import app
 from tasks.errors import PathNotAllowed
-from tasks.job import InputPath, Job, OutputPath
+from tasks.job import Job
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions
 
 _IMAGE: dict[str, Any] = {"bind": True, "requires": ("pyvips",), "extra": "image"}

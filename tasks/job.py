@@ -5,15 +5,14 @@ message of another publication, of a job that has ended, or of one that a living
 effect. Arguments are made absolute and checked where a job is submitted, and paths again where it runs.
 """
 
-import inspect
 import logging
 import random
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_type_hints
+from typing import Any, Final
 
 from celery import Task
 from celery.canvas import Signature
@@ -21,15 +20,10 @@ from celery.exceptions import Ignore
 
 from db.engine import patiently
 from db.store import Claim, Decision, NewJob
-from tasks.errors import AttemptLost, InvalidArguments, MediaTasksError, PathNotAllowed, TransientError, WorkerLost
+from tasks.arguments import Arguments, named
+from tasks.errors import AttemptLost, InvalidArguments, MediaTasksError, TransientError, WorkerLost
 
 logger = logging.getLogger(__name__)
-
-PATH: Final = "path"
-InputPath = Annotated[str, PATH, "input"]
-"""A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
-OutputPath = Annotated[str, PATH, "output"]
-"""A file or directory to write."""
 
 _UNSAFE: Final = re.compile(r"[^\w.-]")
 PROGRESS_INTERVAL_S: Final = 0.5
@@ -63,8 +57,8 @@ class Job(Task):
             return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
         self._claim(args, kwargs)
         try:
-            args, kwargs = self.resolved(args, kwargs)
-            return self.run(*args, **kwargs)
+            bound = self.arguments.bind_absolute(args, kwargs)
+            return self.run(*bound.args, **bound.kwargs)
         except TransientError as exc:
             raise self.retry(exc=exc, countdown=retry_delay_s(self.request.retries)) from exc
         except AttemptLost as exc:
@@ -109,100 +103,26 @@ class Job(Task):
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
         """As Celery's, with relative paths made absolute here, where the job is put together."""
         kwargs = more[0] if more else options.pop("kwargs", None)
-        args, kwargs = self.absolute(args or (), kwargs or {})
+        args, kwargs = self.arguments.absolute(args or (), kwargs or {})
         return super().signature(args, kwargs, *more[1:], **options)
 
     subtask = signature
 
-    # Arguments
-
     @cached_property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The arguments of the body, as declared."""
-        return inspect.signature(self.run).parameters
+    def arguments(self) -> Arguments:
+        """What this task takes, as its body declares it."""
+        return Arguments(self.name, self.run)
 
-    @cached_property
-    def path_names(self) -> frozenset[str]:
-        """The names of the path arguments."""
-        hints = get_type_hints(self.run, include_extras=True)
-        return frozenset(name for name, hint in hints.items() if PATH in get_args(hint))
-
-    def absolute(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments with relative paths made absolute against this process's directory.
-
-        A positional argument counts as a path if the parameter at its place or at the next one is, since a chain
-        puts the previous result before it.
-        """
-        names = list(self.parameters)
-
-        def is_path(index: int) -> bool:
-            return any(name in self.path_names for name in names[index : index + 2])
-
-        return (
-            [_absolute(value) if is_path(index) else value for index, value in enumerate(args)],
-            {name: _absolute(value) if name in self.path_names else value for name, value in kwargs.items()},
-        )
-
-    def checked(self, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Refuse at the call what can be seen to be wrong without opening anything.
+    def checked(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name, once all is refused that can be seen to be wrong without opening anything.
 
         Raises:
             InvalidArguments: Unknown, missing, contradictory or out of range.
         """
-        bound = self._with_paths(self._bind(args, kwargs))
+        parameters = named(self.arguments.bind(args, kwargs))
         if self.validate is not None:
-            self.validate(**bound)
-
-    def named(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments by name, as people and SQL tools want to read them; as they came, if they don't fit."""
-        try:
-            return self._bind(args, kwargs)
-        except InvalidArguments:
-            return {"args": list(args), **kwargs}
-
-    def resolved(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the body gets them: a result's output in the place of the result, every path absolute.
-
-        Raises:
-            PathNotAllowed: A path is still relative; this process stands elsewhere than the one that submitted the job.
-        """
-        bound = self._bound(args, kwargs)
-        arguments = self._with_paths(bound.arguments)
-        for name in self.path_names & arguments.keys():
-            if not Path(arguments[name]).is_absolute():
-                raise PathNotAllowed(
-                    f"{name}={arguments[name]!r} is relative, and a worker stands in another directory than its caller; "
-                    "give an absolute path"
-                )
-        return bound.args, bound.kwargs
-
-    def _with_paths(self, bound: dict[str, Any]) -> dict[str, Any]:
-        """The arguments with each path as text: a job's result stands for the file that it wrote."""
-        for name in self.path_names & bound.keys():
-            value = bound[name]
-            if isinstance(value, Mapping) and isinstance(value.get("output"), str):
-                value = value["output"]
-            if not isinstance(value, str) or not value or "\0" in value:
-                raise InvalidArguments(f"{name} is {value!r:.80}; give a path, or a job's result that names its output")
-            if "://" in value:
-                raise InvalidArguments(f"{name}={value!r}: this release reads and writes local paths only")
-            bound[name] = value
-        return bound
-
-    def _bind(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
-        for name, value in self._bound(args, kwargs).arguments.items():
-            if self.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(value)
-            else:
-                arguments[name] = value
-        return arguments
-
-    def _bound(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-        try:
-            return inspect.signature(self.run).bind(*args, **kwargs)
-        except TypeError as exc:
-            raise InvalidArguments(f"{self.name}: {exc}; it takes {', '.join(self.parameters)}") from exc
+            self.validate(**parameters)
+        return parameters
 
     # The guard
 
@@ -247,7 +167,7 @@ def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]
         job_id=request.id,
         task_type=name,
         queue=delivery.get("routing_key") or name,
-        parameters=task.named(args, kwargs) if isinstance(task, Job) else {"args": list(args), **kwargs},
+        parameters=_parameters(task, args, kwargs),
         max_retries=getattr(task, "max_retries", None),
         retry_count=request.retries or 0,
         root_id=request.root_id,
@@ -258,6 +178,14 @@ def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]
     )
 
 
+def _parameters(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name, or as they came, if they don't fit."""
+    if isinstance(task, Job):
+        with suppress(InvalidArguments):
+            return named(task.arguments.bind(args, kwargs))
+    return {"args": list(args), **kwargs}
+
+
 def retry_delay_s(retries: int) -> float:
     """Exponential backoff 2, 4, 8 ... 600 s with a jitter of a quarter around it, so that it never comes at once."""
     return min(RETRY_FIRST_S * 2.0**retries, RETRY_LONGEST_S) * random.uniform(0.75, 1.25)  # noqa: S311 (no secret)
@@ -266,11 +194,3 @@ def retry_delay_s(retries: int) -> float:
 def warn_of_waiting(exc: BaseException, wait_s: float) -> None:
     """Log that the database does not answer; the job waits, it does not fail."""
     logger.warning("the job database does not answer (%s); trying again in %.1f s", type(exc).__name__, wait_s)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str) and value and "://" not in value:
-        return str(Path(value).expanduser().absolute())
-    return value

@@ -7,15 +7,17 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from traceback import format_exception
 from typing import Any, Final
 
 from celery import states
+from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
+from celery.utils.functional import maybe_list
 
 from db.engine import patiently
 from db.models import Status
@@ -214,29 +216,31 @@ class JobBackend(BaseBackend):
         error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
         error.__cause__ = cause
         for task_id, signature in _results_of(body, self.app):
-            self._end(task_id, error, Status.FAILED, None, _Unsent(task_id, signature))
+            options = {**signature.options, "task_id": task_id, "chord": None, "chain": None, "link_error": None}
+            request = unsent(signature.task, signature.args, signature.kwargs, options)
+            self._end(task_id, error, Status.FAILED, None, request)
         self.chord_error_from_stack(body, error)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(call, on_wait=warn_of_waiting)
 
 
-class _Unsent:
-    """A signature that was never sent, in the place of its request: its row says that it failed before it ran."""
-
-    chord = None
-    errbacks = None
-
-    def __init__(self, task_id: str, signature: Any) -> None:
-        self.id, self.task = task_id, signature.task
-        self.args, self.kwargs = signature.args, signature.kwargs
-        options = signature.options
-        self.delivery_info = {"routing_key": options.get("queue") or signature.task}
-        self.retries, self.root_id, self.parent_id = 0, options.get("root_id"), options.get("parent_id")
-        self.group, self.group_index = options.get("group_id"), options.get("group_index")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name, default)
+def unsent(name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Context:
+    """A request in the place of one that was never sent, so that what follows from its failure can be told."""
+    return Context(
+        id=options["task_id"],
+        task=name,
+        args=args,
+        kwargs=kwargs,
+        root_id=options.get("root_id"),
+        parent_id=options.get("parent_id"),
+        group=options.get("group_id"),
+        group_index=options.get("group_index"),
+        chord=options.get("chord"),
+        chain=options.get("chain"),
+        errbacks=maybe_list(options.get("link_error")),
+        delivery_info={"routing_key": options.get("queue") or name},
+    )
 
 
 def _results_of(signature: Any, app: Any) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,8 @@ from celery.exceptions import Ignore
 
 from tasks.celery import app
 from tasks.errors import LimitExceeded, TransientError
-from tasks.job import InputPath, Job, OutputPath
+from tasks.arguments import InputPath, OutputPath
+from tasks.job import Job
 
 
 @app.task

@@ -1,0 +1,109 @@
+"""The arguments of a task, read from its declaration: which are paths, and what a call binds them to.
+
+In: positional and keyword arguments as somebody called, or as a message brought them. Out: the same with absolute
+paths, or bound to their names, or `InvalidArguments`. Nothing is opened.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, get_args, get_type_hints
+
+from tasks.errors import InvalidArguments, PathNotAllowed
+
+_PATH: Final = "path"
+InputPath = Annotated[str, _PATH, "input"]
+"""A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
+OutputPath = Annotated[str, _PATH, "output"]
+"""A file or directory to write."""
+
+
+class Arguments:
+    """What one task takes.
+
+    Args:
+        name: The task's, for messages.
+        function: Its body, without `self`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name: Final = name
+        self._signature: Final = inspect.signature(function)
+        self.parameters: Final = self._signature.parameters
+        hints = get_type_hints(function, include_extras=True)
+        self.paths: Final = frozenset(name for name, hint in hints.items() if _PATH in get_args(hint))
+
+    def absolute(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Make relative paths absolute against this process's directory.
+
+        A positional argument counts as a path if the parameter at its place or at the next one is, since a chain
+        puts the previous result before it.
+        """
+        names = list(self.parameters)
+
+        def is_path(index: int) -> bool:
+            return any(name in self.paths for name in names[index : index + 2])
+
+        return (
+            [_absolute(value) if is_path(index) else value for index, value in enumerate(args)],
+            {name: _absolute(value) if name in self.paths else value for name, value in kwargs.items()},
+        )
+
+    def bind(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        """Bind a call, with each path as text: a job's result stands for the file that it wrote.
+
+        Raises:
+            InvalidArguments: Unknown or missing ones, or a path that is none.
+        """
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            raise InvalidArguments(f"{self._name}: {exc}; it takes {', '.join(self.parameters)}") from exc
+        for name in self.paths & bound.arguments.keys():
+            bound.arguments[name] = _path(name, bound.arguments[name])
+        return bound
+
+    def bind_absolute(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        """Bind a call at a worker, where a path must be absolute already.
+
+        Raises:
+            InvalidArguments: As `bind`.
+            PathNotAllowed: A path is still relative; this process stands elsewhere than the one that submitted the job.
+        """
+        bound = self.bind(args, kwargs)
+        for name in self.paths & bound.arguments.keys():
+            if not Path(bound.arguments[name]).is_absolute():
+                raise PathNotAllowed(
+                    f"{name}={bound.arguments[name]!r} is relative, and a worker stands in another directory than its "
+                    "caller; give an absolute path"
+                )
+        return bound
+
+
+def named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Bound arguments by name, as people and SQL tools want to read them."""
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update(value)
+        else:
+            flat[name] = value
+    return flat
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and value and "://" not in value:
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def _path(name: str, value: Any) -> str:
+    if isinstance(value, Mapping) and isinstance(value.get("output"), str):
+        value = value["output"]
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise InvalidArguments(f"{name} is {value!r:.80}; give a path, or a job's result that names its output")
+    if "://" in value:
+        raise InvalidArguments(f"{name}={value!r}: this release reads and writes local paths only")
+    return value
