@@ -51,7 +51,7 @@ def _rows(what: str, operations: dict[int, Iterator[float]], options: Options) -
             figure=f"{what} with {long:,} rows queued: p99",
             target="≤ 1 ms",
             measured=f"**{nearly_all[long]:.2f} ms**",
-            detail=f"p50 {half[long]:.2f} ms; {len(times_ms[long])} times",
+            detail=f"p50 {half[long]:.2f}, longest {max(times_ms[long]):.1f} ms; {len(times_ms[long])} times",
             value=nearly_all[long],
         ),
         Row(
