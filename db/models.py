@@ -5,7 +5,6 @@ workers; `task_groups` counts the members of chords. All times are UTC.
 """
 
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
@@ -26,24 +25,6 @@ from sqlalchemy import (
     TypeDecorator,
     text,
 )
-
-
-class Status(StrEnum):
-    """Where a job stands. queued -> claimed -> running -> completed | failed | cancelled; a retry is queued again."""
-
-    QUEUED = "queued"
-    CLAIMED = "claimed"
-    RUNNING = "running"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def is_terminal(self) -> bool:
-        return self in TERMINAL
-
-
-TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
 class UTCDateTime(TypeDecorator[datetime]):

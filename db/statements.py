@@ -29,7 +29,8 @@ from sqlalchemy import (
     update,
 )
 
-from db.models import Document, Status, UTCDateTime, task_groups, task_logs, task_queue, worker_heartbeats
+from db.models import Document, UTCDateTime, task_groups, task_logs, task_queue, worker_heartbeats
+from db.records import Status
 
 ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
 UNFINISHED: Final = (Status.QUEUED, Status.CLAIMED, Status.RUNNING)

@@ -7,115 +7,23 @@ changes nothing and returns None, False or a decision; none raises for it. Every
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from enum import Enum
+from datetime import datetime, timedelta
+from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, Select, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import schema, statements
 from db.engine import Database
-from db.models import Status, task_groups, task_logs, task_queue, worker_heartbeats
+from db.models import task_groups, task_logs, task_queue, worker_heartbeats
+from db.records import ChordParts, Claim, Decision, Failure, Heartbeat, NewJob, Publication, Status, now
 from db.statements import RETURNED, UNFINISHED, UNSUCCESSFUL, is_one_of, of_attempt, of_job
 
 STOPPED: Final = "stopped"
 IDS_IN_ONE_QUERY: Final = 1000
 LAST_CHARACTER: Final = chr(0x10FFFF)
 UNCONFIRMED_KEPT: Final = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewJob:
-    """A job as it is submitted. `message` holds what is needed to publish it again."""
-
-    job_id: str
-    task_type: str
-    queue: str
-    parameters: Mapping[str, Any]
-    priority: int = 5
-    max_retries: int | None = None
-    retry_count: int = 0
-    run_after_utc: datetime | None = None
-    expires_at: datetime | None = None
-    root_id: str | None = None
-    parent_id: str | None = None
-    group_id: str | None = None
-    group_index: int | None = None
-    in_chord: bool = False
-    message: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """A message to send: its number, and the row's priority (1-10), to be mapped once for the broker."""
-
-    number: int
-    priority: int
-
-
-class Decision(Enum):
-    """What the guard has to do with a message."""
-
-    RUN = "run"
-    POISON = "poison"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    STALE = "stale"
-    HELD = "held"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The guard's claim. `attempt` is the fencing token that every later write of this attempt carries."""
-
-    decision: Decision
-    attempt: int = 0
-    deaths: int = 0
-    holder: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """Why a job failed, as it stands in its row. `details` goes to the log only."""
-
-    error_type: str
-    error_message: str
-    error_module: str | None = None
-    details: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
-    """What a worker says of itself."""
-
-    worker_id: str
-    hostname: str
-    pid: int
-    capabilities: Sequence[str]
-    concurrency: int
-    status: str
-    started_at: datetime
-    strategy: str | None = None
-    current_tasks: Sequence[str] = field(default_factory=list)
-    tasks_processed: int = 0
-    tasks_failed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ChordParts:
-    """How far a chord has come. `is_mine` is True for the one caller that has to publish (or fail) its body."""
-
-    is_mine: bool
-    is_failed: bool
-    results: Sequence[Any] = ()
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
 
 
 class _Write(NamedTuple):
@@ -135,8 +43,9 @@ class Store:
 
     def __init__(self, database: Database) -> None:
         self.database: Final = database
-        self._insert: Final = (sqlite if database.is_sqlite else postgresql).insert
-        self._enqueue: Final = statements.enqueue(sqlite if database.is_sqlite else postgresql)
+        dialect = import_module(f"sqlalchemy.dialects.{'sqlite' if database.is_sqlite else 'postgresql'}")
+        self._insert: Final = dialect.insert
+        self._enqueue: Final = statements.enqueue(dialect)
         self._unconfirmed: Final[dict[tuple[str | int | None, ...], set[datetime]]] = {}
 
     # Jobs: submitted

@@ -1,8 +1,10 @@
 """The composition root: the one place where settings, database, broker, tasks and signals become an app."""
 
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import Celery, signals
 from kombu.utils.json import dumps, loads
@@ -13,6 +15,9 @@ import tasks.broker
 from tasks import capabilities
 from tasks.errors import SettingsError
 from tasks.settings import Settings, settings
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class MediaTasks(Celery):
@@ -51,6 +56,12 @@ class MediaTasks(Celery):
             return super()._load_config()
         except SettingsError as exc:
             raise _for_people(exc) from exc
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Call the store until the database answers: a job waits for it, it does not fail."""
+        from db.engine import patiently
+
+        return patiently(call, on_wait=_warn_of_waiting)
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802 (Celery's name)
@@ -98,6 +109,10 @@ class MediaTasks(Celery):
             self._is_loaded = True
             capabilities.load_built_in()
             capabilities.load_installed()
+
+
+def _warn_of_waiting(exc: BaseException, wait_s: float) -> None:
+    logger.warning("the job database does not answer (%s); trying again in %.1f s", type(exc).__name__, wait_s)
 
 
 def _make_directory(server_dir: Path) -> None:

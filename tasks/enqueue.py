@@ -11,12 +11,10 @@ from typing import Any, Final
 
 from celery.utils.time import maybe_iso8601
 
-from db.engine import patiently
-from db.models import Status
-from db.store import NewJob, Publication, now
+from db.records import NewJob, Publication, Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
-from tasks.job import Job, warn_of_waiting
+from tasks.job import Job
 from tasks.results import describe, unsent
 
 PRIORITY_DEFAULT: Final = 5
@@ -78,7 +76,7 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
 def _requeue(app: Any, request: Any, options: Mapping[str, Any]) -> Publication | None:
     """A retry: the running attempt ends; its row, with the error, is queued under the next publication."""
     error = request.get("retry_error")
-    result: Publication | None = patiently(
+    result: Publication | None = app.patiently(
         lambda: app.store.requeue(
             request.id,
             attempt=request.attempt,
@@ -86,8 +84,7 @@ def _requeue(app: Any, request: Any, options: Mapping[str, Any]) -> Publication 
             retry_count=options.get("retries") or 0,
             run_after_utc=_due(options),
             failure=describe(error) if error is not None else None,
-        ),
-        on_wait=warn_of_waiting,
+        )
     )
     return result
 

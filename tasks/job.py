@@ -18,8 +18,7 @@ from celery import Task
 from celery.canvas import Signature
 from celery.exceptions import Ignore
 
-from db.engine import patiently
-from db.store import Claim, Decision, NewJob
+from db.records import Claim, Decision, NewJob
 from tasks.arguments import Arguments, named
 from tasks.errors import AttemptLost, InvalidArguments, MediaTasksError, TransientError, WorkerLost
 
@@ -85,7 +84,7 @@ class Job(Task):
         request = self.request
         if request.called_directly or not self.app.is_recorded(self.name):
             return
-        if not self._patiently(lambda: self.app.store.owns(request.id, request.attempt)):
+        if not self.app.patiently(lambda: self.app.store.owns(request.id, request.attempt)):
             raise AttemptLost(f"attempt {request.attempt} no longer owns the job; its output is dropped")
 
     @property
@@ -130,7 +129,7 @@ class Job(Task):
         """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
         request, settings = self.request, self.app.settings
         job = job_of_request(self, request, args, kwargs)
-        claim: Claim = self._patiently(
+        claim: Claim = self.app.patiently(
             lambda: self.app.store.claim(
                 job,
                 publication=request.get("publication") or 1,
@@ -154,9 +153,6 @@ class Job(Task):
             held = f" by {claim.holder}" if claim.holder else ""
             logger.info("%s[%s] not run: %s%s", self.name, request.id, claim.decision.value, held)
             raise Ignore(claim.decision.value)
-
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        return patiently(call, on_wait=warn_of_waiting)
 
 
 def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
@@ -189,8 +185,3 @@ def _parameters(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, An
 def retry_delay_s(retries: int) -> float:
     """Exponential backoff 2, 4, 8 ... 600 s with a jitter of a quarter around it, so that it never comes at once."""
     return min(RETRY_FIRST_S * 2.0**retries, RETRY_LONGEST_S) * random.uniform(0.75, 1.25)  # noqa: S311 (no secret)
-
-
-def warn_of_waiting(exc: BaseException, wait_s: float) -> None:
-    """Log that the database does not answer; the job waits, it does not fail."""
-    logger.warning("the job database does not answer (%s); trying again in %.1f s", type(exc).__name__, wait_s)

@@ -1,6 +1,6 @@
 """The mirror: Celery's signals of a worker become rows, for what neither the guard nor the result backend sees.
 
-In: a worker's start and stop, the passing of time, messages that can't be read. Out: worker_heartbeats and task_logs.
+In: a worker's start and stop, the passing of time. Out: worker_heartbeats and task_logs.
 Only a worker's main process runs it. A handler never raises (Celery would only log it) and never blocks a job: what the
 database can't take now, the next heartbeat says again.
 """
@@ -15,8 +15,7 @@ from celery import signals
 from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.models import Status
-from db.store import Failure, Heartbeat, NewJob, now
+from db.records import Failure, Heartbeat, NewJob, Status, now
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ def connect(app: Any) -> None:
         "worker_ready": mirror.on_worker_ready,
         "worker_shutting_down": mirror.on_worker_shutting_down,
         "worker_shutdown": mirror.on_worker_shutdown,
-        "task_rejected": mirror.on_task_rejected,
     }.items():
         getattr(signals, name).connect(handler, dispatch_uid=f"media_tasks.{name}", weak=False)
 
@@ -61,25 +59,6 @@ class _Mirror:
             self._thread.join(timeout=5)
         self._status = "stopped"
         self._say("stopped")
-
-    def on_task_rejected(self, message: Any = None, **_: Any) -> None:
-        """A message that Celery could not read is dropped; its row, if it names one, fails."""
-        headers = message.headers or {}
-        reason = "a message that is no task (bad encoding, type or fields) was dropped; see the worker's log"
-        try:
-            if isinstance(headers.get("id"), str):
-                job = NewJob(
-                    job_id=headers["id"],
-                    task_type=str(headers.get("task") or "unknown"),
-                    queue=str((message.delivery_info or {}).get("routing_key") or "unknown"),
-                    parameters={},
-                )
-                failure = Failure(error_type="MalformedMessage", error_message=reason)
-                self._app.store.end(job, Status.FAILED, failure, publication=headers.get("publication"))
-            else:
-                self._app.store.log_worker(self._app.worker_id, "rejected", reason)
-        except SQLAlchemyError as exc:
-            logger.warning("a rejected message could not be recorded: %s", type(exc).__name__)
 
     def _beat_until_stopped(self) -> None:
         while not self._stopping.wait(self._app.settings.lease_renew_s):

@@ -19,11 +19,9 @@ from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
 from celery.utils.functional import maybe_list
 
-from db.engine import patiently
-from db.models import Status
-from db.store import Failure, NewJob
+from db.records import Failure, NewJob, Status
 from tasks.errors import PermanentError
-from tasks.job import job_of_request, warn_of_waiting
+from tasks.job import job_of_request
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
-        if attempt is not None and not self._patiently(lambda: self.app.store.complete(task_id, attempt, result)):
+        if attempt is not None and not self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result)):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return
         if request and request.chord:
@@ -103,11 +101,11 @@ class JobBackend(BaseBackend):
             self._end(task_id, result, status, traceback, request)
         elif isinstance(result, dict) and "progress" in result and (attempt := _attempt(request)) is not None:
             percent, stage = float(result["progress"]), result.get("stage")
-            self._patiently(lambda: self.app.store.progress(task_id, attempt, percent=percent, stage=stage))
+            self.app.patiently(lambda: self.app.store.progress(task_id, attempt, percent=percent, stage=stage))
         return result
 
     def _end(self, task_id: str, exc: Any, status: Status, traceback: Any, request: Any) -> bool:
-        if request is None and self._patiently(lambda: self.app.store.job(task_id)) is None:
+        if request is None and self.app.patiently(lambda: self.app.store.job(task_id)) is None:
             return False  # a group or another canvas: its members have rows
         name = getattr(request, "task", None)
         if name is not None and not self.app.is_recorded(name):
@@ -116,7 +114,7 @@ class JobBackend(BaseBackend):
         job = _job(self.app, task_id, request)
         failure = describe(exc, traceback)
         return bool(
-            self._patiently(
+            self.app.patiently(
                 lambda: self.app.store.end(
                     job, status, failure, attempt=attempt, publication=None if attempt else publication
                 )
@@ -206,7 +204,7 @@ class JobBackend(BaseBackend):
         """
         body = maybe_signature(request.chord, app=self.app)
         size = body.get("chord_size") or body.options.get("chord_size")
-        parts = self._patiently(lambda: self.app.store.chord_parts(request.group, size))
+        parts = self.app.patiently(lambda: self.app.store.chord_parts(request.group, size))
         if not parts.is_mine:
             return
         if not parts.is_failed:
@@ -220,9 +218,6 @@ class JobBackend(BaseBackend):
             request = unsent(signature.task, signature.args, signature.kwargs, options)
             self._end(task_id, error, Status.FAILED, None, request)
         self.chord_error_from_stack(body, error)
-
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        return patiently(call, on_wait=warn_of_waiting)
 
 
 def unsent(name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Context:

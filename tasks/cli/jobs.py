@@ -24,12 +24,12 @@ class _StatusName(ParamType):
     name = "status"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002 (Click's)
-        from db.models import Status
+        from db.records import Status
 
         return f"[{'|'.join(Status)}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from db.models import Status
+        from db.records import Status
 
         try:
             return Status(str(value).lower())
@@ -169,7 +169,7 @@ def _id_length(rows: Sequence[Any]) -> int:
 
 def _note(row: Any, is_wide: bool) -> str:
     """What one wants to know next: why it failed, who has it, or when it is due."""
-    from db.models import Status
+    from db.records import Status
 
     status = Status(row["status"])
     if status in (Status.FAILED, Status.CANCELLED) and row["error_type"]:
@@ -200,7 +200,7 @@ def _created(at: datetime) -> str:
 def _status(status: str, progress: float = 0.0) -> "Text":
     from rich.text import Text
 
-    from db.models import Status
+    from db.records import Status
 
     colours = {
         Status.CLAIMED: "cyan",

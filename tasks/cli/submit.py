@@ -223,7 +223,7 @@ def _wait(task: "Job", result: "AsyncResult", timeout_s: float | None) -> None:
     """Show the job's progress until it has ended; print its result, or fail with its error."""
     from celery.exceptions import TimeoutError as ResultTimeout
 
-    from db.models import Status
+    from db.records import Status
 
     if not task.app.is_recorded(task.name):
         raise click.ClickException(f"{result.id} is submitted; with MIRROR=off nobody can wait for it")

@@ -8,9 +8,9 @@ from typing import Any
 
 from celery.exceptions import Ignore
 
+from tasks.arguments import InputPath, OutputPath
 from tasks.celery import app
 from tasks.errors import LimitExceeded, TransientError
-from tasks.arguments import InputPath, OutputPath
 from tasks.job import Job
 
 

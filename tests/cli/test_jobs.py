@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from db.models import Status
+from db.records import Status
 from db.store import Failure, now
 from tasks.cli.jobs import jobs
 from tasks.errors import CorruptMedia

@@ -1,0 +1,116 @@
+"""What flows into the store and out of it: plain values, without SQLAlchemy, so that a producer loads little."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum, StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """Where a job stands. queued -> claimed -> running -> completed | failed | cancelled; a retry is queued again."""
+
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job as it is submitted. `message` holds what is needed to publish it again."""
+
+    job_id: str
+    task_type: str
+    queue: str
+    parameters: Mapping[str, Any]
+    priority: int = 5
+    max_retries: int | None = None
+    retry_count: int = 0
+    run_after_utc: datetime | None = None
+    expires_at: datetime | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+    group_id: str | None = None
+    group_index: int | None = None
+    in_chord: bool = False
+    message: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A message to send: its number, and the row's priority (1-10), to be mapped once for the broker."""
+
+    number: int
+    priority: int
+
+
+class Decision(Enum):
+    """What the guard has to do with a message."""
+
+    RUN = "run"
+    POISON = "poison"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    STALE = "stale"
+    HELD = "held"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The guard's claim. `attempt` is the fencing token that every later write of this attempt carries."""
+
+    decision: Decision
+    attempt: int = 0
+    deaths: int = 0
+    holder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a job failed, as it stands in its row. `details` goes to the log only."""
+
+    error_type: str
+    error_message: str
+    error_module: str | None = None
+    details: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """What a worker says of itself."""
+
+    worker_id: str
+    hostname: str
+    pid: int
+    capabilities: Sequence[str]
+    concurrency: int
+    status: str
+    started_at: datetime
+    strategy: str | None = None
+    current_tasks: Sequence[str] = field(default_factory=list)
+    tasks_processed: int = 0
+    tasks_failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChordParts:
+    """How far a chord has come. `is_mine` is True for the one caller that has to publish (or fail) its body."""
+
+    is_mine: bool
+    is_failed: bool
+    results: Sequence[Any] = ()
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
