@@ -38,6 +38,8 @@ task_send_sent_event = False
 worker_max_tasks_per_child = 1000
 worker_max_memory_per_child = 300_000
 worker_hijack_root_logger = True
+# Refuses what is no task message, and keeps what messages hold out of the log.
+worker_consumer = "tasks.consumer:MediaConsumer"
 worker_cancel_long_running_tasks_on_connection_loss = False
 
 timezone = "UTC"

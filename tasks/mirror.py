@@ -15,7 +15,7 @@ from celery import signals
 from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Failure, Heartbeat, NewJob, Status, now
+from db.records import Heartbeat, now
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,138 @@
+"""The consumer: Celery's own, for messages that can be run; all others end here, each with a reason and a failed row.
+
+In: whatever stands in a queue. Out: tasks for the pool; for the rest a failed row (or, without a job id, a log row) and
+one line in the log. What a message holds is its sender's and is never logged. Stock Celery logs it whole, and dies of
+some such messages: of one without an id, say, again and again, since it is redelivered.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from celery.app.task import Context
+from celery.worker.consumer import Consumer
+
+from db.records import Status
+from tasks import capabilities
+from tasks.errors import PermanentError, UnknownTask
+
+logger = logging.getLogger(__name__)
+
+LONGEST_NAME: Final = 255
+
+
+class MalformedMessage(PermanentError):
+    """A message that is no task message, or a damaged one. Send jobs with a Celery client of version 4 or newer."""
+
+
+class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
+    """Hands on what can be run, refuses the rest."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        """The callback of each message: looked through first, since Celery trusts what it reads."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_task_received(message: Any) -> None:
+            if fault := fault_in(message):
+                self._refuse(message, MalformedMessage(f"{fault}; the message was dropped"))
+            else:
+                handle(message)
+
+        return on_task_received
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002 (Celery's signature)
+        name = message.headers.get("task") or message.payload["task"]
+        known = capabilities.names(self.app)
+        self._refuse(message, UnknownTask(f"no task is called {name} here{capabilities.nearest(name, known)}"))
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:  # noqa: ARG002 (Celery's signature)
+        self._refuse(message, MalformedMessage("it names no task; the message was dropped"))
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002 (Celery's signature)
+        self._refuse(message, MalformedMessage(f"its fields can't be read ({type(exc).__name__}); it was dropped"))
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        self.on_invalid_task(None, message, exc)
+
+    def _refuse(self, message: Any, error: PermanentError) -> None:
+        """Fail the job of a message, with what waits for it; never raises for what the message holds."""
+        request = _request_of(message)
+        queue = request.delivery_info.get("routing_key")
+        logger.error("a message in the queue %s is refused: %s[%s]: %s", queue, request.task, request.id, error)
+        try:
+            if request.id is None:
+                if self.app.settings.mirror:
+                    self.app.store.log_worker(self.app.worker_id, "rejected", str(error))
+            elif self.app.is_recorded(request.task):
+                row = self.app.store.job(request.id)
+                if row is None or row["status"] == Status.QUEUED:
+                    self.app.backend.mark_as_failure(request.id, error, request=request)
+        except Exception as exc:
+            logger.warning("the refused message could not be recorded: %s", type(exc).__name__)
+        message.reject_log_error(logger, self.connection_errors)
+
+
+def fault_in(message: Any) -> str | None:
+    """What is wrong with a message, in words that hold nothing of its content; None if Celery can read it."""
+    headers = message.headers
+    if not isinstance(headers, Mapping):
+        return "it has no headers"
+    try:
+        payload = message.payload
+    except Exception as exc:
+        return f"its body can't be decoded as {message.content_type!r:.60} ({type(exc).__name__})"
+    if "task" in headers:
+        fields, body = headers, payload
+    elif isinstance(payload, Mapping) and "task" in payload:  # protocol 1
+        fields, body = payload, payload
+    else:
+        return "it names no task"
+    for name in ("task", "id"):
+        value = fields.get(name)
+        if not (isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME):
+            return f"its field {name!r} is missing or no short text"
+    if isinstance(body, Mapping):
+        arguments = [body.get("args", []), body.get("kwargs", {}), None]
+    elif isinstance(body, list) and len(body) == 3:
+        arguments = body
+    else:
+        return "its body does not hold args, kwargs and options"
+    args, kwargs, embed = arguments
+    if not (isinstance(args, list) and isinstance(kwargs, Mapping) and isinstance(embed, Mapping | None)):
+        return "its body does not hold args, kwargs and options"
+    return _fault_in_numbers(fields)
+
+
+def _fault_in_numbers(fields: Mapping[str, Any]) -> str | None:
+    limits = fields.get("timelimit") or [None, None]
+    if not (isinstance(limits, list | tuple) and len(limits) == 2):
+        return "its field 'timelimit' is no pair"
+    numbers = {"retries": fields.get("retries"), "publication": fields.get("publication")}
+    for name, value in [*numbers.items(), *(("timelimit", limit) for limit in limits)]:
+        if not isinstance(value, int | float | None):
+            return f"its field {name!r} is no number"
+    return None
+
+
+def _request_of(message: Any) -> Context:
+    """What can be told of a job from its message, however damaged that is."""
+    headers = dict(message.headers) if isinstance(message.headers, Mapping) else {}
+    try:
+        payload = message.payload
+    except Exception:
+        payload = None
+    if "task" not in headers and isinstance(payload, Mapping):
+        headers = dict(payload)
+    known: dict[str, Any] = {"delivery_info": message.delivery_info or {}, "args": [], "kwargs": {}}
+    if fault_in(message) is None and isinstance(payload, list):
+        known |= {"args": payload[0], "kwargs": payload[1], **(payload[2] or {})}
+    for name in ("id", "task"):
+        value = headers.get(name)
+        is_usable = isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
+        known[name] = value if is_usable else None
+    known["task"] = known["task"] or "unknown"
+    texts = ("root_id", "parent_id", "group")
+    known |= {name: headers[name] for name in texts if isinstance(headers.get(name), str)}
+    if isinstance(headers.get("publication"), int):
+        known["publication"] = headers["publication"]
+    return Context(known)
