@@ -12,6 +12,11 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 from tasks.errors import InvalidArguments, PathNotAllowed
 
 _PATH: Final = "path"
+_POSITIONAL: Final = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 InputPath = Annotated[str, _PATH, "input"]
 """A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
 OutputPath = Annotated[str, _PATH, "output"]
@@ -39,10 +44,10 @@ class Arguments:
         A positional argument counts as a path if the parameter at its place or at the next one is, since a chain
         puts the previous result before it.
         """
-        names = list(self.parameters)
+        names = [name for name, parameter in self.parameters.items() if parameter.kind in _POSITIONAL]
 
         def is_path(index: int) -> bool:
-            return any(name in self.paths for name in names[index : index + 2])
+            return any(name in self.paths for name in names[index : index + 2] or names[-1:])
 
         return (
             [_absolute(value) if is_path(index) else value for index, value in enumerate(args)],
@@ -60,7 +65,9 @@ class Arguments:
         except TypeError as exc:
             raise InvalidArguments(f"{self._name}: {exc}; it takes {', '.join(self.parameters)}") from exc
         for name in self.paths & bound.arguments.keys():
-            bound.arguments[name] = _path(name, bound.arguments[name])
+            value = bound.arguments[name]
+            is_many = self.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            bound.arguments[name] = tuple(_path(name, one) for one in value) if is_many else _path(name, value)
         return bound
 
     def bind_absolute(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -72,11 +79,13 @@ class Arguments:
         """
         bound = self.bind(args, kwargs)
         for name in self.paths & bound.arguments.keys():
-            if not Path(bound.arguments[name]).is_absolute():
-                raise PathNotAllowed(
-                    f"{name}={bound.arguments[name]!r} is relative, and a worker stands in another directory than its "
-                    "caller; give an absolute path"
-                )
+            value = bound.arguments[name]
+            for path in value if isinstance(value, tuple) else (value,):
+                if not Path(path).is_absolute():
+                    raise PathNotAllowed(
+                        f"{name}={path!r} is relative, and a worker stands in another directory than its caller; "
+                        "give an absolute path"
+                    )
         return bound
 
 

@@ -106,7 +106,7 @@ def check_pixels(source: Input, width_px: int, height_px: int, limits: Limits) -
 
 def corrupt(source: Input, exc: Exception) -> CorruptMedia:
     """The error for a file whose decoder gave up, with the decoder's own first words."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip() and not line.startswith("unable to call")]
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip() and not line.startswith("unable to c")]
     reason = lines[0] if lines else type(exc).__name__
     return CorruptMedia(f"{source.path} can't be decoded as {source.format}: {reason}; upload it again")
 
