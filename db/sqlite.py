@@ -116,7 +116,7 @@ class SqliteFile:
         deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
         for pragma in (
             f"busy_timeout={BUSY_TIMEOUT_MS}",
-            "auto_vacuum=INCREMENTAL",  # takes effect in an empty file only, so before WAL writes its first page
+            *(["auto_vacuum=INCREMENTAL"] if _is_empty(handle) else []),  # before WAL writes the first page
             "journal_mode=WAL",
             "synchronous=NORMAL",  # a commit survives the death of any process; a power cut may undo the last ones
             "foreign_keys=ON",
@@ -126,6 +126,11 @@ class SqliteFile:
             f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
         ):
             _set(handle, pragma, deadline)
+
+
+def _is_empty(handle: sqlite3.Connection) -> bool:
+    """Setting auto_vacuum again would take the write lock, so that opening waits for every writer."""
+    return bool(handle.execute("PRAGMA page_count").fetchone() == (0,))
 
 
 def _set(handle: sqlite3.Connection, pragma: str, deadline: float) -> None:
@@ -174,7 +179,7 @@ def _prepare_directory(path: Path) -> None:
     except (FileExistsError, NotADirectoryError) as exc:
         raise DatabaseNotReady(f"{path}: a file stands where its directory should be; {remedy}") from exc
     except OSError as exc:
-        raise DatabaseNotReady(f"{path.parent} can't be made ({exc.strerror}); {remedy}") from exc
+        raise DatabaseNotReady(f"{path}: its directory can't be made ({exc.strerror}); {remedy}") from exc
     if path.is_dir():
         raise DatabaseNotReady(f"{path} is a directory; name a file in DATABASE_URL")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
