@@ -66,12 +66,17 @@ _PUT = """
 INSERT INTO messages (queue, priority, "order", expires_at, correlation_id, envelope, body) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 _NEXT = """
-WHERE id IN (SELECT id FROM messages WHERE queue = ? AND owner IS NULL ORDER BY priority DESC, "order", id LIMIT ?)
+WHERE id IN (
+    SELECT id FROM messages WHERE queue = ? AND owner IS NULL AND (expires_at IS NULL OR expires_at > ?)
+    ORDER BY priority DESC, "order", id LIMIT ?
+)
 """
 _RETURNING = 'RETURNING priority, "order", id, queue, deliveries, envelope, body'
 _RESERVE = "UPDATE messages SET owner = ?, deliveries = deliveries + 1" + _NEXT + _RETURNING  # noqa: S608  # constants
 _TAKE = "DELETE FROM messages" + _NEXT + _RETURNING  # noqa: S608  # constants
-_PURGE = "DELETE FROM messages" + _NEXT  # noqa: S608  # constants
+_PURGE = """
+DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE queue = ? AND owner IS NULL LIMIT ?)
+"""
 _EXPIRE = "DELETE FROM messages WHERE expires_at <= ? AND owner IS NULL"
 _EXPIRED = "SELECT 1 FROM messages WHERE expires_at <= ? AND owner IS NULL LIMIT 1"
 _UNUSED_QUEUES = """
@@ -164,15 +169,14 @@ class MessageStore:
 
     def reserve(self, queue: str, owner: str, limit: int) -> list[Delivery]:
         """Give the next messages to an owner, until it acknowledges or requeues them, or dies."""
-        return self._next(_RESERVE, (owner, queue, limit))
+        return self._next(_RESERVE, (owner, queue, time.time(), limit))
 
     def take(self, queue: str, limit: int) -> list[Delivery]:
         """Remove and return the next messages: for consumers that never acknowledge."""
-        return self._next(_TAKE, (queue, limit))
+        return self._next(_TAKE, (queue, time.time(), limit))
 
     def _next(self, statement: str, parameters: tuple[object, ...]) -> list[Delivery]:
         with self._database.transaction() as db:
-            db.execute(_EXPIRE, (time.time(),))
             rows = db.execute(statement, parameters).fetchall()
         rows.sort(key=lambda row: (-row[0], row[1], row[2]))  # RETURNING promises no order
         return [Delivery(*row[2:]) for row in rows]
