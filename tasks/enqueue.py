@@ -48,7 +48,9 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     task_id = options["task_id"] = options.get("task_id") or app.new_id()
     job = None
     if current is not None and current.request.id == task_id:
-        publication = _requeue(app, current.request, options)
+        if not options.get("routing_key"):  # it replaces itself; a retry goes back to its own queue
+            options["queue"] = _queue_of(app, task, name, options.get("queue"))
+        publication = _requeue(app, current.request, name, options)
     else:
         try:
             if current is None and isinstance(task, Job):
@@ -64,6 +66,10 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     if publication is None:
         return app.AsyncResult(task_id)
     options["headers"] = {**(options.get("headers") or {}), "publication": publication.number}
+    if expires_at := _moment(options.get("expires")):
+        # For the worker to cancel it. Celery would also give the message a time to live: it would vanish unsaid.
+        options["headers"]["expires"] = expires_at.isoformat()
+    options["expires"] = None
     options["priority"] = app.wire_priority(publication.priority)
     try:
         return publish(name, args, kwargs, **options)
@@ -73,14 +79,16 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
         raise
 
 
-def _requeue(app: Any, request: Any, options: Mapping[str, Any]) -> Publication | None:
-    """A retry: the running attempt ends; its row, with the error, is queued under the next publication."""
+def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> Publication | None:
+    """A retry, or a job that replaces itself: the running attempt ends; its row, with the error, is queued under the
+    next publication.
+    """
     error = request.get("retry_error")
     result: Publication | None = app.patiently(
         lambda: app.store.requeue(
             request.id,
             attempt=request.attempt,
-            event="retry",
+            event="retry" if name == request.task else "replaced",
             retry_count=options.get("retries") or 0,
             run_after_utc=_due(options),
             failure=describe(error) if error is not None else None,

@@ -63,6 +63,10 @@ class Job(Task):
         except AttemptLost as exc:
             logger.warning("%s[%s]: %s", self.name, self.request.id, exc)
             raise Ignore(str(exc)) from exc
+        except Ignore as exc:
+            if self._owns():  # it has neither replaced itself nor lost its job: nobody else ends the row
+                self.backend.mark_as_revoked(self.request.id, f"ignored: {exc}", request=self.request)
+            raise
 
     def progress(self, percent: float, stage: str | None = None) -> None:
         """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write."""
@@ -84,8 +88,11 @@ class Job(Task):
         request = self.request
         if request.called_directly or not self.app.is_recorded(self.name):
             return
-        if not self.app.patiently(lambda: self.app.store.owns(request.id, request.attempt)):
+        if not self._owns():
             raise AttemptLost(f"attempt {request.attempt} no longer owns the job; its output is dropped")
+
+    def _owns(self) -> bool:
+        return bool(self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt)))
 
     @property
     def token(self) -> str | None:

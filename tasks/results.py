@@ -52,6 +52,7 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
+        self.encode(result)  # what is no JSON fails the job as the tracer expects it, with an EncodeError
         if attempt is not None and not self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result)):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return
