@@ -23,7 +23,6 @@ BARE, USUAL = "a bare loop in 2 processes", "Celery + Redis + Pillow"
 def measure(options: Options) -> list[Row]:
     images, what = photos(options)
     redis = redis_server()
-    rounds = options.rounds(3, 9)
     with ExitStack() as stack:
         enter = stack.enter_context
         bare = enter(bare_loop(options))
@@ -33,9 +32,9 @@ def measure(options: Options) -> list[Row]:
         if redis is not None:
             url = enter(redis.database())
             large |= {"usual": enter(usual_task(options, url)), "draft": enter(usual_task(options, url, draft=True))}
-        small = {"jobs": jobs, "bare": bare, "unrecorded": unrecorded}
-        at_1600 = _rates(large, images * (3 if options.is_quick else 8), 1600, rounds)
-        at_400 = _rates(small, images * (8 if options.is_quick else 24), 400, rounds)
+        small = {"bare": bare, "jobs": jobs, "unrecorded": unrecorded}
+        at_1600 = _rates(large, images * (3 if options.is_quick else 6), 1600, options.rounds(3, 9))
+        at_400 = _rates(small, images * 12, 400, options.rounds(4, 21))
 
     end_to_end = f"image_resize end to end, {what}, to"
     rows = [
