@@ -90,6 +90,8 @@ class MediaTasks(Celery):
         if positional or not self.is_recorded(name):
             if not name.startswith(capabilities.OWN_PREFIX):
                 options["queue"] = options.get("queue") or name
+                if (task := self.tasks.get(name)) is not None and self.current_worker_task is None:
+                    args, kwargs = task.arguments.absolute(args or (), kwargs or {})
             return publish(name, args, kwargs, *positional, **options)
         from tasks import enqueue
 

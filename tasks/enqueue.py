@@ -62,7 +62,7 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
                 raise
             app.backend.mark_as_failure(task_id, exc, request=unsent(name, args, kwargs, options))
             return app.AsyncResult(task_id)
-        publication = app.store.enqueue(job) or app.store.replay(task_id)
+        publication = _enqueue(app, job, is_patient=current is not None)
     if publication is None:
         return app.AsyncResult(task_id)
     options["headers"] = {**(options.get("headers") or {}), "publication": publication.number}
@@ -77,6 +77,18 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
         if job is not None:
             app.store.end(job, Status.FAILED, describe(exc), publication=publication.number)
         raise
+
+
+def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> Publication | None:
+    """A job of a producer, which is told of a database that doesn't answer; or one of a worker: a step of a chain, say,
+    whose predecessor has succeeded and must not fail for it.
+    """
+
+    def write() -> Publication | None:
+        publication: Publication | None = app.store.enqueue(job) or app.store.replay(job.job_id)
+        return publication
+
+    return app.patiently(write) if is_patient else write()
 
 
 def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> Publication | None:
