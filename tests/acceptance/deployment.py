@@ -3,8 +3,9 @@
 import importlib
 import itertools
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,4 +143,6 @@ def lines(file: Path, begin: str = "") -> list[str]:
     return [line for line in content if line.startswith(begin)]
 
 
-Start = Callable[..., Worker]
+def kill_pool_child_that_notes(file: Path) -> None:
+    """Kill the process that runs the task `note` on this file, as the OOM killer does."""
+    os.kill(int(lines(file.with_suffix(".pid"))[-1]), signal.SIGKILL)
