@@ -1,7 +1,8 @@
 """Looking after the database file: sizes, pragmas, checkpoint, vacuum, backup. A `Database` in, plain values out."""
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +10,7 @@ from sqlalchemy import func, select, text
 
 from db import schema
 from db.engine import Database
+from db.errors import explained
 from db.models import metadata
 from tasks.errors import DatabaseNotReady
 
@@ -48,8 +50,10 @@ def pragmas(database: Database) -> dict[str, str]:
 def checkpoint(database: Database) -> tuple[int, int]:
     """Move the log into the file. Returns the pages moved and those left, which a reader still holds."""
     path = _require_sqlite(database, "PostgreSQL checkpoints by itself")
-    with closing(sqlite3.connect(path, timeout=5)) as connection:
-        _is_busy, in_log, moved = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    with _explained(path), closing(sqlite3.connect(path, timeout=5)) as connection:
+        # TRUNCATE reports an empty log, so the pages are counted before.
+        _is_busy, in_log, moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return max(moved, 0), max(in_log - moved, 0)
 
 
@@ -57,14 +61,14 @@ def vacuum(database: Database) -> tuple[int, int]:
     """Give free pages back. Returns the file's bytes before and after."""
     path = _require_sqlite(database, "PostgreSQL vacuums by itself; see autovacuum")
     before = path.stat().st_size
-    with closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
-        connection.execute("PRAGMA incremental_vacuum").fetchall()
+    with _explained(path), closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
+        connection.executescript("PRAGMA incremental_vacuum")  # execute() would end it after its first page
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return before, path.stat().st_size
 
 
 def backup(database: Database, target: Path) -> int:
-    """Copy the file with SQLite's online backup, while workers go on. Returns the copy's bytes.
+    """Copy the file with SQLite's online backup, while workers go on. Returns the copy's bytes; half a copy is removed.
 
     Raises:
         DatabaseNotReady: PostgreSQL, or `target` exists already or can't be written.
@@ -76,6 +80,7 @@ def backup(database: Database, target: Path) -> int:
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
             source.backup(copy)
     except sqlite3.OperationalError as exc:
+        target.unlink(missing_ok=True)
         raise DatabaseNotReady(f"{target} can't be written: {exc}") from exc
     return target.stat().st_size
 
@@ -85,6 +90,14 @@ def _require_sqlite(database: Database, remedy: str) -> Path:
         raise DatabaseNotReady(f"{database} is no SQLite file: {remedy}")
     schema.ensure_schema(database)
     return database.path
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise explained(exc, str(path)) from exc
 
 
 def _log_of(path: Path) -> Path:
