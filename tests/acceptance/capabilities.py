@@ -85,6 +85,7 @@ def recover(file: str, failures: int = 1) -> int:
 def kill_its_worker(file: str) -> None:
     """A file that crashes the library which reads it."""
     _append(file, "run")
+    time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
