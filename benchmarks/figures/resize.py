@@ -34,7 +34,7 @@ def measure(options: Options) -> list[Row]:
             large |= {"usual": enter(usual_task(options, url)), "draft": enter(usual_task(options, url, draft=True))}
         small = {"bare": bare, "jobs": jobs, "unrecorded": unrecorded}
         at_1600 = _rates(large, images * (3 if options.is_quick else 6), 1600, options.rounds(3, 9))
-        at_400 = _rates(small, images * 12, 400, options.rounds(4, 21))
+        at_400 = _rates(small, images * (8 if options.is_quick else 12), 400, options.rounds(3, 21))
 
     end_to_end = f"image_resize end to end, {what}, to"
     rows = [
