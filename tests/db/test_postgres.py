@@ -24,16 +24,15 @@ def store(upgraded_postgres_url):
     store.database.close()
 
 
+OTHERS = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+
+
 def end_sessions(url):
     """The server ends all sessions of the database, as a restart does."""
     other = open_database(url)
     with other.reading() as connection:
-        connection.execute(
-            text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
-        )
+        connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
+        eventually(lambda: connection.execute(text(f"SELECT count(*) {OTHERS}")).scalar() == 0, 10)
     other.close()
 
 
