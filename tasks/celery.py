@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from celery import Celery, signals
@@ -39,6 +38,7 @@ class MediaTasks(Celery):
         from db.engine import Database
         from db.store import Store
 
+        self._make_server_dir()
         return Store(
             Database(
                 self.settings.database_url,
@@ -52,10 +52,26 @@ class MediaTasks(Celery):
     def _load_config(self) -> Any:
         """Celery's settings, once they are needed; a bad value stops a command with one line."""
         try:
-            _make_directory(self.settings.server_dir)
             return super()._load_config()
         except SettingsError as exc:
             raise _for_people(exc) from exc
+
+    def _connection(self, *args: Any, **kwargs: Any) -> Any:
+        self._make_server_dir()
+        return super()._connection(*args, **kwargs)
+
+    def _make_server_dir(self) -> None:
+        """Make the directory that holds the SQLite files, before the first of them is opened."""
+        if all("sqlite" not in url.split(":", 1)[0] for url in (self.settings.database_url, self.settings.broker_url)):
+            return
+        server_dir = self.settings.server_dir
+        try:
+            server_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            unmade = (
+                f"CL_SERVER_DIR: {server_dir} can't be made ({exc.strerror}); set it to one that this user may write"
+            )
+            raise _for_people(SettingsError(unmade)) from exc
 
     def patiently(self, call: Callable[[], T]) -> T:
         """Call the store until the database answers: a job waits for it, it does not fail."""
@@ -115,16 +131,6 @@ class MediaTasks(Celery):
 
 def _warn_of_waiting(exc: BaseException, wait_s: float) -> None:
     logger.warning("the job database does not answer (%s); trying again in %.1f s", type(exc).__name__, wait_s)
-
-
-def _make_directory(server_dir: Path) -> None:
-    """Make the directory that holds the SQLite files, before the first of them is opened."""
-    try:
-        server_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise SettingsError(
-            f"CL_SERVER_DIR: {server_dir} can't be made ({exc.strerror}); set it to one that this user may write"
-        ) from exc
 
 
 def _for_people(exc: SettingsError) -> Exception:

@@ -1,0 +1,210 @@
+"""Every setting: its default, what it takes, and the one line that a bad value gets."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import SettingsError
+from tasks.settings import Settings, read_settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOME = {"HOME": "/home/user"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DATABASE_URL", "mysql://u:hunter2@h/db", ["mysql", "sqlite://", "postgresql://"]),
+        ("DATABASE_URL", "media_store.db", ["sqlite://"]),
+        ("CELERY_BROKER_URL", "kafka://u:hunter2@h", ["kafka", "amqp://", "redis://"]),
+        ("ENQUEUE", "sometimes", ["sometimes", "strict"]),
+        ("MIRROR", "perhaps", ["perhaps", "on", "off"]),
+        ("LOG_LEVEL", "LOUD", ["LOUD", "INFO"]),
+        ("LOG_FORMAT", "xml", ["xml", "json"]),
+        ("QUEUE_STRATEGY", "image_resize=RANDOM", ["RANDOM", "FIFO", "LIFO", "PRIORITY"]),
+        ("QUEUE_STRATEGY", "SOMEHOW", ["SOMEHOW", "FIFO"]),
+        ("MEDIA_ROOTS", "media", ["media", "absolute"]),
+        ("WORKER_POLL_INTERVAL", "often", ["often", "1"]),
+        ("WORKER_POLL_INTERVAL", "0", ["0"]),
+        ("LEASE_RENEW_S", "-1", ["-1"]),
+        ("LEASE_TIMEOUT_S", "9", ["9", "LEASE_RENEW_S"]),
+        ("LEASE_TIMEOUT_S", "nan", ["nan"]),
+        ("MAX_DEATHS", "0", ["0", "1"]),
+        ("MAX_DEATHS", "three", ["three"]),
+        ("MAX_ATTEMPTS", "0", ["0"]),
+        ("SQLITE_MMAP_BYTES", "-1", ["-1"]),
+        ("DB_POOL_SIZE", "0", ["0"]),
+        ("MAX_PIXELS", "0", ["0"]),
+        ("MAX_PIXELS", "inf", ["inf"]),
+        ("MAX_FRAMES", "many", ["many"]),
+        ("MAX_INPUT_BYTES", "4G", ["4G"]),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_variables_name(variable, value, words):
+    with pytest.raises(SettingsError) as caught:
+        read_settings(HOME | {variable: value})
+
+    message = str(caught.value)
+    assert variable in message
+    assert [word for word in words if word not in message] == []
+    assert "hunter2" not in message
+    assert "\n" not in message
+
+
+def test_an_empty_variable_is_one_that_is_not_set():
+    variables = dict.fromkeys(variables_read(), "")
+
+    assert read_settings(HOME | variables).max_deaths == 3
+    assert read_settings(HOME | variables).database_url == read_settings(HOME).database_url
+
+
+def test_the_defaults_need_no_server():
+    settings = read_settings(HOME)
+
+    assert settings.database_url == f"sqlite:///{settings.server_dir}/media_store.db"
+    assert settings.broker_url == f"sqlite:///{settings.server_dir}/broker.db"
+    assert settings.server_dir.is_relative_to("/home/user")
+
+
+def test_the_server_directory_is_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    assert read_settings(HOME | {"CL_SERVER_DIR": "here"}).server_dir == tmp_path / "here"
+
+
+@pytest.mark.parametrize(
+    ("text", "strategies"),
+    [
+        ("LIFO", {"*": "LIFO"}),
+        ("image_resize=LIFO,*=FIFO", {"*": "FIFO", "image_resize": "LIFO"}),
+        (" image_resize = lifo ", {"*": "PRIORITY", "image_resize": "LIFO"}),
+    ],
+)
+def test_a_strategy_is_given_for_one_queue_or_for_all(text, strategies):
+    assert read_settings(HOME | {"QUEUE_STRATEGY": text}).queue_strategy == strategies
+
+
+@pytest.mark.parametrize(("text", "is_on"), [("on", True), ("1", True), ("TRUE", True), ("off", False), ("No", False)])
+def test_a_switch_takes_the_usual_words(text, is_on):
+    assert read_settings(HOME | {"MIRROR": text}).mirror is is_on
+
+
+def test_lists_are_split_and_trimmed():
+    settings = read_settings(HOME | {"WORKER_SUPPORTED_TASKS": " a, b ,,c", "MEDIA_ROOTS": f"/a{os.pathsep}/b"})
+
+    assert settings.worker_supported_tasks == ("a", "b", "c")
+    assert settings.media_roots == ("/a", "/b")
+
+
+def test_a_size_may_be_written_with_an_exponent():
+    assert read_settings(HOME | {"MAX_PIXELS": "1e6"}).max_pixels == 1_000_000
+
+
+def test_settings_cannot_be_changed():
+    settings = read_settings(HOME)
+
+    with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
+        settings.max_deaths = 5
+
+
+def test_passwords_do_not_show_in_the_settings():
+    urls = {"DATABASE_URL": "postgresql://u:hunter2@h/db", "CELERY_BROKER_URL": "amqp://u:hunter3@h//"}
+
+    shown = repr(read_settings(HOME | urls)) + str(read_settings(HOME | urls))
+
+    assert "hunter" not in shown
+
+
+def test_passwords_do_not_show_in_celery_report(tmp_path):
+    env = {"PATH": os.environ["PATH"], "CL_SERVER_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    env |= {"DATABASE_URL": "postgresql://u:hunter2@h/db", "CELERY_BROKER_URL": "amqp://u:hunter3@h//"}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "tasks", "report"], env=env, capture_output=True, text=True, check=True
+    )
+
+    assert "amqp" in done.stdout
+    assert "hunter" not in done.stdout + done.stderr
+
+
+def test_a_bad_setting_stops_a_command_with_one_line(tmp_path):
+    env = {"PATH": os.environ["PATH"], "CL_SERVER_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "MAX_DEATHS": "x"}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "tasks", "worker"], env=env, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == "Error: MAX_DEATHS='x' is not a whole number; unset it for 3"
+    assert "Traceback" not in done.stderr
+
+
+# The README
+
+
+def variables_read():
+    """The environment variables that tasks/settings.py reads, from its source."""
+    tree = ast.parse((REPOSITORY / "tasks" / "settings.py").read_text())
+    names = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    }
+    return {name for name in names if re.fullmatch(r"[A-Z][A-Z0-9_]{3,}", name)} - {"HOME", "XDG_DATA_HOME"}
+
+
+@pytest.fixture(scope="module")
+def documented():
+    """{variable: (default, meaning)} of the README's table."""
+    readme = REPOSITORY / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if "## Settings" not in text:
+        pytest.skip("the README has no section Settings")
+    section = text.split("## Settings", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \| (.+) \|$", section, re.MULTILINE)
+    return {name: (default, meaning) for names, default, meaning in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_the_source_is_understood():
+    assert {"CL_SERVER_DIR", "DATABASE_URL", "WORKER_ID", "MAX_DEATHS", "QUEUE_STRATEGY"} <= variables_read()
+    # Each field of Settings comes from a variable.
+    assert len(variables_read()) == len(fields(Settings))
+
+
+def test_every_setting_that_does_something_is_in_the_readme(documented):
+    field_of = {"CL_SERVER_DIR": "server_dir", "CELERY_BROKER_URL": "broker_url"}
+    source = "\n".join(
+        path.read_text()
+        for path in [*(REPOSITORY / "tasks").rglob("*.py"), REPOSITORY / "celeryconfig.py"]
+        if path.name != "settings.py"
+    )
+    used = {
+        name for name in variables_read() if re.search(rf"settings\.{field_of.get(name, name.lower())}(_s)?\b", source)
+    }
+
+    assert {"MAX_DEATHS", "WORKER_POLL_INTERVAL", "CELERY_BROKER_URL"} <= used
+    assert used - set(documented) == set()
+
+
+def test_the_readme_names_no_setting_that_is_not_read(documented):
+    assert set(documented) - variables_read() == set()
+
+
+def test_the_readme_tells_the_defaults(documented):
+    settings = read_settings(HOME)
+    told = {name: default.split()[0].strip("`") for name, (default, _) in documented.items()}
+    numbers = {name: float(default) for name, default in told.items() if re.fullmatch(r"[\d.]+", default)}
+    fields_by_variable = {name: name.lower() for name in numbers} | {"WORKER_POLL_INTERVAL": "worker_poll_interval_s"}
+
+    assert {name: getattr(settings, fields_by_variable[name]) for name in numbers} == numbers
+    assert (told["ENQUEUE"], told["LOG_LEVEL"], told["LOG_FORMAT"]) == ("strict", "INFO", "console")
