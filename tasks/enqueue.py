@@ -46,6 +46,8 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     current = app.current_worker_task
     args, kwargs = list(args or ()), dict(kwargs or {})
     task_id = options["task_id"] = options.get("task_id") or app.new_id()
+    if expires_at := _moment(options.get("expires")):
+        options["expires"] = expires_at.isoformat()
     job = None
     if current is not None and current.request.id == task_id:
         if not options.get("routing_key"):  # it replaces itself; a retry goes back to its own queue
@@ -66,9 +68,8 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     if publication is None:
         return app.AsyncResult(task_id)
     options["headers"] = {**(options.get("headers") or {}), "publication": publication.number}
-    if expires_at := _moment(options.get("expires")):
-        # For the worker to cancel it. Celery would also give the message a time to live: it would vanish unsaid.
-        options["headers"]["expires"] = expires_at.isoformat()
+    # For the worker, which cancels it. Celery would give the message a time to live as well: it would vanish unsaid.
+    options["headers"]["expires"] = options.get("expires")
     options["expires"] = None
     options["priority"] = app.wire_priority(publication.priority)
     try:
