@@ -279,7 +279,7 @@ def test_unknown_names_are_refused_with_the_nearest_known(producer, task):
         producer.app.send_task("image_reszie", (1,))
     with pytest.raises(UnknownQueue, match=r"aad; did you mean add\?"):
         task.add.apply_async((1, 1), queue="aad")
-    with pytest.raises(UnknownTask, match="no worker serves xyzzy$"):
+    with pytest.raises(UnknownTask, match=r"no worker serves xyzzy$"):
         producer.app.send_task("xyzzy")
 
     assert producer.app.store.jobs() == []

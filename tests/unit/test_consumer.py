@@ -1,0 +1,76 @@
+"""Which messages can be run; the reason for the others holds nothing of their content."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tasks.consumer import fault_in
+
+HEADERS = {"task": "add", "id": "job-1", "retries": 0, "timelimit": [None, None]}
+BODY = [[1, 2], {}, {"callbacks": None}]
+
+
+class Message(SimpleNamespace):
+    content_type = "application/json"
+
+    @property
+    def payload(self):
+        return json.loads(self.body)
+
+
+def message(body=BODY, **headers):
+    return Message(headers=HEADERS | headers, body=json.dumps(body))
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        message(),
+        message([[], {}, None]),
+        message(timelimit=[1, 2.5]),
+        message(timelimit=None),
+        message(publication=3),
+        message({"args": [1], "kwargs": {}}),
+        Message(headers={}, body=json.dumps({"task": "add", "id": "job-1", "args": [1], "kwargs": {}})),
+    ],
+    ids=range(7),
+)
+def test_a_task_message_of_any_protocol_has_no_fault(good):
+    assert fault_in(good) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (Message(headers=None, body="{}"), "headers"),
+        (Message(headers={}, body="{}"), "names no task"),
+        (Message(headers=HEADERS, body="{secret"), "decoded"),
+        (Message(headers={"task": "add"}, body=json.dumps(BODY)), "'id'"),
+        (message(id=None), "'id'"),
+        (message(id=7), "'id'"),
+        (message(id=""), "'id'"),
+        (message(id="x" * 256), "'id'"),
+        (message(id="secret\n"), "'id'"),
+        (message(id="secret\0"), "'id'"),
+        (message(task=["secret"]), "'task'"),
+        (message(None), "body"),
+        (message("secret"), "body"),
+        (message([]), "body"),
+        (message([["secret"], {}]), "body"),
+        (message(["secret", {}, {}]), "body"),
+        (message([[], ["secret"], {}]), "body"),
+        (message([[], {}, "secret"]), "body"),
+        (message({"args": "secret", "kwargs": {}}), "body"),
+        (message(retries="secret"), "'retries'"),
+        (message(publication="secret"), "'publication'"),
+        (message(timelimit="secret"), "'timelimit'"),
+        (message(timelimit=["secret", 1]), "'timelimit'"),
+    ],
+    ids=range(23),
+)
+def test_any_other_message_has_a_fault_that_is_named_without_its_content(bad, word):
+    fault = fault_in(bad)
+
+    assert word in fault
+    assert "secret" not in fault

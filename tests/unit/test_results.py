@@ -1,0 +1,145 @@
+"""What `AsyncResult` says of a row, whoever asks."""
+
+import pytest
+from celery.exceptions import TaskRevokedError
+from celery.exceptions import TimeoutError as ResultTimeout
+from celery.result import AsyncResult, GroupResult, ResultSet
+
+from db.records import Failure, NewJob, Status
+from tasks.errors import LimitExceeded
+from tasks.results import describe
+
+LIMITS = {"publication": 1, "worker_id": "w1", "is_redelivered": False, "holder_timeout_s": 15, "max_deaths": 3}
+
+
+@pytest.fixture
+def store(producer):
+    return producer.app.store
+
+
+@pytest.fixture
+def job(store):
+    new = NewJob(job_id="job-1", task_type="add", queue="add", parameters={"x": 1})
+    store.enqueue(new)
+    return new
+
+
+@pytest.fixture
+def result(producer, job):
+    return AsyncResult("job-1", app=producer.app)
+
+
+def end(store, job, status, exc, attempt=None):
+    assert store.end(job, status, describe(exc), attempt=attempt)
+
+
+def test_an_unknown_job_is_pending(producer):
+    result = AsyncResult("nobody", app=producer.app)
+
+    assert (result.state, result.result, result.ready()) == ("PENDING", None, False)
+
+
+def test_a_queued_job_is_pending(result):
+    assert (result.state, result.ready()) == ("PENDING", False)
+
+
+def test_a_running_job_is_started_and_shows_its_progress(store, job, result):
+    attempt = store.claim(job, **LIMITS).attempt
+    store.progress("job-1", attempt, percent=25, stage="reading")
+
+    assert (result.state, result.info) == ("STARTED", {"progress": 25, "stage": "reading"})
+
+
+def test_a_job_that_waits_for_its_retry_is_in_retry_with_its_error(store, job, result):
+    attempt = store.claim(job, **LIMITS).attempt
+    failure = Failure(error_type="OSError", error_message="the network is away", error_module="builtins")
+    store.requeue("job-1", attempt=attempt, event="retry", retry_count=1, failure=failure)
+
+    assert (result.state, result.ready()) == ("RETRY", False)
+    assert repr(result.result) == "OSError('the network is away')"
+
+
+def test_a_completed_job_gives_its_result_again_and_again(store, job, result):
+    store.complete("job-1", store.claim(job, **LIMITS).attempt, {"output": "/out.webp"})
+
+    assert result.get(timeout=1) == {"output": "/out.webp"}
+    assert (result.state, result.successful()) == ("SUCCESS", True)
+    assert AsyncResult("job-1", app=result.app).get(timeout=1) == {"output": "/out.webp"}
+    assert result.date_done is not None
+
+
+@pytest.mark.parametrize("error", [LimitExceeded("in.tif is too large"), ValueError("no"), KeyError("key")], ids=repr)
+def test_get_of_a_failed_job_raises_an_error_of_the_original_class(store, job, result, error):
+    end(store, job, Status.FAILED, error, store.claim(job, **LIMITS).attempt)
+
+    with pytest.raises(type(error)) as caught:
+        result.get(timeout=1)
+    assert type(caught.value) is type(error)
+    assert result.state == "FAILURE"
+
+
+class TwoArguments(Exception):
+    """An error that can't be made from one message."""
+
+    def __init__(self, file, reason):
+        super().__init__(file, reason)
+
+
+def test_get_raises_something_of_the_message_where_the_class_cannot_be_made(store, job, result):
+    end(store, job, Status.FAILED, TwoArguments("in.tif", "too large"))
+
+    with pytest.raises(RuntimeError, match=r"TwoArguments.*in\.tif"):
+        result.get(timeout=1)
+
+
+def test_a_class_in_a_row_is_never_imported_or_called_unless_it_is_an_error(store, job, result):
+    store.end(job, Status.FAILED, Failure(error_type="system", error_message="exit 1", error_module="os"))
+
+    with pytest.raises(RuntimeError, match="system: exit 1"):
+        result.get(timeout=1)
+
+
+def test_get_of_a_cancelled_job_raises_that_it_was_revoked(store, job, result):
+    end(store, job, Status.CANCELLED, TaskRevokedError("expired"))
+
+    with pytest.raises(TaskRevokedError, match=r"expired"):
+        result.get(timeout=1)
+    assert result.state == "REVOKED"
+
+
+def test_get_gives_up_in_time(result):
+    with pytest.raises(ResultTimeout):
+        result.get(timeout=0.1)
+
+
+def test_get_many_gives_up_in_time(producer, result):
+    with pytest.raises(ResultTimeout):
+        ResultSet([result, AsyncResult("other", app=producer.app)], app=producer.app).join_native(timeout=0.1)
+
+
+def test_forget_keeps_the_row(store, job, result):
+    store.complete("job-1", store.claim(job, **LIMITS).attempt, 42)
+
+    result.forget()
+
+    assert store.job("job-1")["result_data"] == 42
+    assert AsyncResult("job-1", app=result.app).state == "SUCCESS"
+
+
+def test_a_saved_group_can_be_restored_and_deleted(producer):
+    GroupResult("group-1", [AsyncResult("a", app=producer.app)], app=producer.app).save()
+
+    restored = GroupResult.restore("group-1", app=producer.app)
+
+    assert [member.id for member in restored] == ["a"]
+    restored.delete()
+    assert GroupResult.restore("group-1", app=producer.app) is None
+
+
+def test_an_error_is_described_without_a_traceback_if_it_is_no_bug():
+    assert describe(LimitExceeded("too large")).details is None
+    assert "traceback" in describe(ValueError("a bug")).details
+
+
+def test_a_long_message_is_cut():
+    assert len(describe(ValueError("x" * 100_000)).error_message) <= 4000
