@@ -114,8 +114,8 @@ class Database:
         outer = here.connection, here.is_in_transaction
         try:
             with context as connection:
-                here.connection, here.is_in_transaction = connection, is_in_transaction
                 try:
+                    here.connection, here.is_in_transaction = connection, is_in_transaction
                     yield connection
                 finally:
                     here.connection, here.is_in_transaction = outer

@@ -72,14 +72,14 @@ class SqliteFile:
             with lock:
                 connection = self._opened()
                 handle: Any = connection.connection.dbapi_connection
-                if _begin(handle, is_last_try=time.monotonic() > deadline):
-                    try:
+                try:
+                    if _begin(handle, is_last_try=time.monotonic() > deadline):
                         yield connection
                         handle.commit()
-                    except BaseException:
-                        handle.rollback()
-                        raise
-                    return
+                        return
+                except BaseException:  # Celery's time limits raise anywhere
+                    handle.rollback()
+                    raise
             time.sleep(_YIELD_S)
 
     @property

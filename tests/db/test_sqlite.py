@@ -131,6 +131,21 @@ class TestTransactions:
         with database.reading() as connection:
             assert connection.exec_driver_sql("SELECT count(*) FROM task_groups").scalar() == 0
 
+    def test_a_time_limit_that_strikes_at_its_beginning_leaves_no_transaction(self, store, monkeypatch):
+        begin = sqlite._begin
+
+        def begin_and_be_struck(handle, *, is_last_try):
+            begin(handle, is_last_try=is_last_try)
+            raise TimeoutError
+
+        with monkeypatch.context() as limited:
+            limited.setattr(sqlite, "_begin", begin_and_be_struck)
+            with pytest.raises(TimeoutError):
+                store.enqueue(new_job("struck"))
+
+        assert store.enqueue(new_job("next"))
+        assert [row["job_id"] for row in store.jobs()] == ["next"]
+
     def test_a_transaction_or_a_read_inside_a_transaction_joins_it(self, store, database):
         insert = "INSERT INTO task_groups (group_id, created_at) VALUES (?, '2026-01-01')"
         with suppress(ZeroDivisionError), database.transaction() as outer:
