@@ -315,6 +315,17 @@ class Store:
             fired = select(task_groups.c.fired_at).where(task_groups.c.group_id == group_id)
             return connection.execute(fired).scalar() in earlier
 
+    def failed_member(self, group_id: str) -> RowMapping | None:
+        """The member that failed or was cancelled first: the reason why its chord fails."""
+        with self._reading() as connection:
+            statement = (
+                select(task_queue)
+                .where(task_queue.c.group_id == group_id, task_queue.c.in_chord, is_one_of(UNSUCCESSFUL))
+                .order_by(task_queue.c.completed_at, task_queue.c.id)
+                .limit(1)
+            )
+            return connection.execute(statement).mappings().one_or_none()
+
     # Workers
 
     def heartbeat(self, beat: Heartbeat) -> None:

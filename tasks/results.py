@@ -211,9 +211,12 @@ class JobBackend(BaseBackend):
         if not parts.is_failed:
             body.delay(list(parts.results))
             return
-        cause = result if isinstance(result, Exception) else None
-        error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
-        error.__cause__ = cause
+        # Any member may be the one that notices: the reason is that of the one which failed.
+        if (failed := self.app.patiently(lambda: self.app.store.failed_member(request.group))) is not None:
+            error = ChordError(f"member {failed['job_id']} of the chord {failed['status']}: {failed['error_message']}")
+            error.__cause__ = _exception(failed)
+        else:
+            error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
         for task_id, signature in _results_of(body, self.app):
             options = {**signature.options, "task_id": task_id, "chord": None, "chain": None, "link_error": None}
             request = unsent(signature.task, signature.args, signature.kwargs, options)
