@@ -72,6 +72,12 @@ class Database:
             if handle is not None:
                 handle.close()
 
+    def _close_handle(self) -> None:
+        """Close the handle until its next use, unless this thread is in a transaction."""
+        if self._handle is not None and not self._handle.in_transaction:
+            self._handle.close()
+            self._handle = None
+
     @contextmanager
     def transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
         """Run the block in one transaction; inside another one it joins that. A read takes no lock.
@@ -103,7 +109,8 @@ class Database:
     def _usable_handle(self) -> sqlite3.Connection:
         if not self._is_open:
             raise BrokerUnavailable(f"Broker file {self.path}: this connection is closed")
-        if self._handle is None:
+        if self._handle is None:  # closed for a fork
+            self.check()
             self._handle = self._connect()
         return self._handle
 
@@ -178,12 +185,22 @@ def _file_system_of(device: int) -> str:
     return ""
 
 
-def _forget_inherited() -> None:
+def _before_fork() -> None:
+    """Close every handle: SQLite counts a process's locks per file, and a child that inherits the count takes none.
+
+    The parent, when it closes as the last that is known, would then delete the log with all that the child committed.
+    """
+    _lock.acquire()
     for database in list(_databases):
-        if database._handle is not None:
+        database._close_handle()
+
+
+def _after_fork_in_child() -> None:
+    for database in list(_databases):
+        if database._handle is not None:  # the parent has forked within a transaction
             _inherited.append(database._handle)
             database._handle = None
     _lock.release()
 
 
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_inherited)
+os.register_at_fork(before=_before_fork, after_in_parent=_lock.release, after_in_child=_after_fork_in_child)

@@ -12,6 +12,7 @@ from kombu.exceptions import OperationalError
 
 from tasks.broker import Transport, database
 from tasks.broker.errors import BrokerReplaced, BrokerUnavailable, BrokerUnusable
+from tasks.broker.messages import MessageStore
 
 NOBODY = 65534
 
@@ -196,6 +197,48 @@ store.close()
 
 def test_children_forked_while_a_thread_writes_use_the_store_on_their_own(broker_path):
     subprocess.run([sys.executable, "-c", FORK_WHILE_A_THREAD_WRITES, str(broker_path)], check=True, timeout=30)
+
+
+def test_what_a_child_commits_outlives_the_parent_that_closes_first(broker_path):
+    parent = MessageStore(broker_path)
+    parent.open()
+    parent.put(["q"], "{}", "parent")
+    asked, answered = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        parent.put(["q"], "{}", "child")
+        os.write(answered[1], b"1")
+        os.read(asked[0], 1)
+        parent.put(["q"], "{}", "child")
+        os._exit(0)
+
+    os.read(answered[0], 1)
+    parent.close()
+    os.write(asked[1], b"1")
+    assert os.waitpid(pid, 0)[1] == 0
+    for fd in (*asked, *answered):
+        os.close(fd)
+
+    later = MessageStore(broker_path)
+    later.open()
+    assert later.sizes() == {"q": 3}
+    later.close()
+
+
+def test_a_file_that_is_replaced_around_a_fork_is_noticed(broker_path):
+    store = MessageStore(broker_path)
+    store.open()
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    for path in broker_path.parent.glob(f"{broker_path.name}*"):
+        if path.is_file():
+            path.unlink()
+
+    with pytest.raises(BrokerReplaced):
+        store.put(["q"], "{}", "x")
+    store.close()
 
 
 def test_many_processes_that_open_a_new_file_at_once_all_succeed(broker_path):
