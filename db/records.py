@@ -105,11 +105,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class ChordParts:
-    """How far a chord has come. `is_mine` is True for the one caller that has to publish (or fail) its body."""
+    """How far a chord has come. `is_mine` is True for the one caller that has to publish (or fail) its body.
+
+    `results` are the members', in order, once all have completed; None before, or if one failed.
+    """
 
     is_mine: bool
     is_failed: bool
-    results: Sequence[Any] = ()
+    results: Sequence[Any] | None = None
 
 
 def now() -> datetime:

@@ -291,11 +291,12 @@ class Store:
                     return ChordParts(is_mine=False, is_failed=False)
                 if connection.execute(statements.CHORD_COMPLETED, bound).scalar_one() < total:
                     return ChordParts(is_mine=False, is_failed=False)
-        if not self._fire(group_id):
-            return ChordParts(is_mine=False, is_failed=chord.is_failed)
+        is_mine = self._fire(group_id)
+        if chord.is_failed:
+            return ChordParts(is_mine, is_failed=True)
         with self._reading() as connection:
-            results = () if chord.is_failed else tuple(connection.execute(statements.CHORD_RESULTS, bound).scalars())
-        return ChordParts(is_mine=True, is_failed=chord.is_failed, results=results)
+            results = tuple(connection.execute(statements.CHORD_RESULTS, bound).scalars())
+        return ChordParts(is_mine, is_failed=False, results=results)
 
     def _fire(self, group_id: str) -> bool:
         """Whether this call is the one that fires the chord, the first of all."""

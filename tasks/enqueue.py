@@ -82,14 +82,14 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
 
 def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> Publication | None:
     """A job of a producer, which is told of a database that doesn't answer; or one of a worker: a step of a chain, say,
-    whose predecessor has succeeded and must not fail for it.
+    whose predecessor has succeeded and must not fail for it. A worker may send one twice, so it replays none.
     """
-
-    def write() -> Publication | None:
-        publication: Publication | None = app.store.enqueue(job) or app.store.replay(job.job_id)
-        return publication
-
-    return app.patiently(write) if is_patient else write()
+    publication: Publication | None
+    if is_patient:
+        publication = app.patiently(lambda: app.store.enqueue(job))
+    else:
+        publication = app.store.enqueue(job) or app.store.replay(job.job_id)
+    return publication
 
 
 def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> Publication | None:

@@ -155,7 +155,7 @@ class Job(Task):
                 "look at its input, then replay it"
             )
         if claim.decision is Decision.COMPLETED and request.chord:
-            self.backend.on_chord_part_return(request, "SUCCESS", None)
+            self.backend.on_chord_part_return(request, "SUCCESS", None, is_again=True)
         if claim.decision is not Decision.RUN:
             held = f" by {claim.holder}" if claim.holder else ""
             logger.info("%s[%s] not run: %s%s", self.name, request.id, claim.decision.value, held)

@@ -197,19 +197,20 @@ class JobBackend(BaseBackend):
         """Nothing to set up: members are counted by their rows, so no `chord_unlock` polls."""
         self.ensure_chords_allowed()
 
-    def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
+    def on_chord_part_return(
+        self, request: Any, state: str, result: Any, *, is_again: bool = False, **kwargs: Any
+    ) -> None:
         """Count the members that have ended; the one call that finds the last publishes the body, once.
 
-        A second delivery of a member counts again, without effect. The body's own ids were fixed when the chord was
-        put together, so that publishing it again after a crash makes no second job.
+        A second delivery of a member (`is_again`) may mean that a process died before it published the body: it is
+        published again, and as its ids were fixed when the chord was put together, that makes no second job.
         """
         body = maybe_signature(request.chord, app=self.app)
         size = body.get("chord_size") or body.options.get("chord_size")
         parts = self.app.patiently(lambda: self.app.store.chord_parts(request.group, size))
-        if not parts.is_mine:
-            return
-        if not parts.is_failed:
+        if parts.results is not None and (parts.is_mine or is_again):
             body.delay(list(parts.results))
+        if parts.results is not None or not parts.is_mine:
             return
         # Any member may be the one that notices: the reason is that of the one which failed.
         if (failed := self.app.patiently(lambda: self.app.store.failed_member(request.group))) is not None:

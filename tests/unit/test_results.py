@@ -1,6 +1,8 @@
 """What `AsyncResult` says of a row, whoever asks."""
 
 import pytest
+from celery import group
+from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult, ResultSet
@@ -143,3 +145,35 @@ def test_an_error_is_described_without_a_traceback_if_it_is_no_bug():
 
 def test_a_long_message_is_cut():
     assert len(describe(ValueError("x" * 100_000)).error_message) <= 4000
+
+
+def test_a_chord_whose_body_was_not_published_by_a_dying_process_publishes_it_when_a_member_comes_again(producer):
+    app = producer.app
+    add, total = app.tasks["add"], app.tasks["total"]
+    members = group(add.s(1, 1), add.s(2, 2))
+    body = total.s()
+    body.freeze("body-1")
+    for index, value in enumerate((2, 4)):
+        new = NewJob(
+            job_id=f"m{index}",
+            task_type="add",
+            queue="add",
+            parameters={},
+            group_id="g1",
+            group_index=index,
+            in_chord=True,
+        )
+        app.store.enqueue(new)
+        app.store.complete(f"m{index}", app.store.claim(new, **LIMITS).attempt, value)
+    app.store.set_chord_size("g1", len(members.tasks))
+    assert app.store.chord_parts("g1", None).is_mine  # ... and this process dies
+
+    member = Context(id="m1", task="add", group="g1", chord=dict(body))
+    app.backend.on_chord_part_return(member, "SUCCESS", None)
+    assert app.store.job("body-1") is None
+    for _ in range(2):
+        app.backend.on_chord_part_return(member, "SUCCESS", None, is_again=True)
+
+    row = app.store.job("body-1")
+    assert (row["status"], row["parameters"], row["publication"]) == (Status.QUEUED, {"numbers": [2, 4]}, 1)
+    assert [log["event_type"] for log in app.store.logs("body-1")] == ["created"]
