@@ -1,7 +1,8 @@
 """The tables of the job database. Their names, columns and indexes are a contract that SQL tools rely on.
 
 One `task_queue` row per job is the truth about it; `task_logs` holds one row per change; `worker_heartbeats` shows the
-workers; `task_groups` counts the members of chords. All times are UTC.
+workers; `worker_leases` says who holds attempts, `duties` who does what only one may do; `queue_pauses` holds what is
+paused; `task_groups` counts the members of chords. All times are UTC.
 """
 
 from datetime import UTC, datetime
@@ -49,6 +50,10 @@ Document = JSON(none_as_null=True)
 JobId = String(255).with_variant(String(255, collation="C"), "postgresql")
 
 
+def _partial_index(name: str, *columns: Any, where: str, unique: bool = False) -> Index:
+    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
+
+
 def _time(name: str, **options: Any) -> Column[datetime]:
     return Column(name, UTCDateTime(), **options)
 
@@ -66,6 +71,7 @@ task_queue = Table(
     Column("progress", Float, nullable=False, server_default="0"),
     Column("stage", String(255)),
     Column("claimed_by", String(255)),
+    Column("lease", String(64)),
     _time("claimed_at"),
     _time("started_at"),
     _time("completed_at"),
@@ -86,31 +92,34 @@ task_queue = Table(
     Column("group_id", String(255)),
     Column("group_index", Integer),
     Column("in_chord", Boolean, nullable=False, server_default=text("false")),
+    Column("sequel", String(8)),
     Column("unique_key", String(255)),
+    _time("unique_until"),
     Column("result_data", Document),
     Column("error_type", String(255)),
     Column("error_module", String(255)),
     Column("error_message", Text),
     Column("message", Document),
-    Index(
-        "idx_task_queue_claiming",
-        "queue",
-        text("priority DESC"),
-        "id",
-        sqlite_where=text("status = 'queued'"),
-        postgresql_where=text("status = 'queued'"),
+    _partial_index(
+        "idx_task_queue_claiming", "queue", text("priority DESC"), "id", "published_at", where="status = 'queued'"
+    ),
+    # What rests in its row until it is due; run_after_utc is set wherever published_at is not.
+    _partial_index("idx_task_queue_due", "status", "run_after_utc", where="status = 'queued' AND published_at IS NULL"),
+    _partial_index(
+        "idx_task_queue_expiring", "status", "expires_at", where="status = 'queued' AND expires_at IS NOT NULL"
+    ),
+    _partial_index("idx_task_queue_sequel", "completed_at", where="sequel = 'due'"),
+    _partial_index(
+        "idx_task_queue_unique",
+        "unique_key",
+        where="unique_key IS NOT NULL AND status IN ('queued', 'claimed', 'running')",
+        unique=True,
     ),
     Index("idx_task_queue_worker", "claimed_by", "status"),
     Index("idx_task_queue_created", "created_at"),
     Index("idx_task_queue_status", "status", "id"),
     Index("idx_task_queue_type", "task_type", "id"),
-    Index(
-        "idx_task_queue_group",
-        "group_id",
-        "status",
-        sqlite_where=text("group_id IS NOT NULL"),
-        postgresql_where=text("group_id IS NOT NULL"),
-    ),
+    _partial_index("idx_task_queue_group", "group_id", "status", where="group_id IS NOT NULL"),
 )
 
 task_logs = Table(
@@ -126,6 +135,7 @@ task_logs = Table(
     _time("created_at", nullable=False),
     Index("idx_task_logs_task", "job_id", "sequence", unique=True),
     Index("idx_task_logs_worker", "worker_id", "created_at"),
+    sqlite_autoincrement=True,  # no id is used again: the relay remembers how far it has come
 )
 
 worker_heartbeats = Table(
@@ -139,11 +149,41 @@ worker_heartbeats = Table(
     Column("concurrency", Integer, nullable=False),
     Column("status", String(16), nullable=False),
     Column("current_tasks", Document, nullable=False),
+    Column("reserved_tasks", Document, nullable=False),
+    Column("lease", String(64)),
     Column("tasks_processed", Integer, nullable=False, server_default="0"),
     Column("tasks_failed", Integer, nullable=False, server_default="0"),
     _time("started_at", nullable=False),
     _time("last_heartbeat", nullable=False),
     Index("idx_worker_heartbeat", "last_heartbeat"),
+)
+
+worker_leases = Table(
+    "worker_leases",
+    metadata,
+    Column("lease", String(64), primary_key=True),
+    Column("worker_id", String(255), nullable=False),
+    Column("host_id", String(255), nullable=False),
+    _time("renewed_at", nullable=False),
+    Index("idx_worker_leases_worker", "worker_id"),
+)
+
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(64)),
+    Column("position", Key),
+    _time("since", nullable=False),
+)
+
+queue_pauses = Table(
+    "queue_pauses",
+    metadata,
+    Column("queue", String(255), primary_key=True),
+    Column("reason", Text),
+    _time("paused_at", nullable=False),
+    _time("paused_until"),
 )
 
 task_groups = Table(

@@ -25,9 +25,16 @@ class Status(StrEnum):
 TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
+PENDING = "pending"
+DUE = "due"
+TOLD = "told"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job as it is submitted. `message` holds what is needed to publish it again."""
+    """A job as it is submitted. `message` holds what is needed to publish it again, `sequel` is PENDING if something
+    follows from its end: the next step of a chain, a chord, an errback.
+    """
 
     job_id: str
     task_type: str
@@ -43,15 +50,22 @@ class NewJob:
     group_id: str | None = None
     group_index: int | None = None
     in_chord: bool = False
+    sequel: str | None = None
+    unique_key: str | None = None
+    unique_until: datetime | None = None
     message: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A message to send: its number, and the row's priority (1-10), to be mapped once for the broker."""
+    """A message to send: its number, and the row's priority (1-10), to be mapped once for the broker.
+
+    One that is resting is sent later, by a dispatcher, when it is due.
+    """
 
     number: int
     priority: int
+    is_resting: bool = False
 
 
 class Decision(Enum):
@@ -64,6 +78,34 @@ class Decision(Enum):
     CANCELLED = "cancelled"
     STALE = "stale"
     HELD = "held"
+    PAUSED = "paused"
+
+
+class Liveness(Enum):
+    """What can be told of who holds an attempt. UNCERTAIN: on another host, and heard of lately."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    UNCERTAIN = "uncertain"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A worker's lease as its row shows it."""
+
+    lease: str
+    worker_id: str
+    host_id: str
+    renewed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """An attempt that was found dead, or given back: its row is queued again."""
+
+    attempt: int
+    publication: int
+    deaths: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +140,9 @@ class Heartbeat:
     status: str
     started_at: datetime
     strategy: str | None = None
+    lease: str | None = None
     current_tasks: Sequence[str] = field(default_factory=list)
+    reserved_tasks: Sequence[str] = field(default_factory=list)
     tasks_processed: int = 0
     tasks_failed: int = 0
 

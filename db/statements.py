@@ -15,25 +15,28 @@ from sqlalchemy import (
     Connection,
     Row,
     String,
-    Update,
     and_,
     bindparam,
     case,
+    exists,
     func,
     insert,
     literal,
     null,
     or_,
     select,
+    text,
     union_all,
     update,
 )
 
-from db.models import Document, UTCDateTime, task_groups, task_logs, task_queue, worker_heartbeats
-from db.records import Status
+from db.models import Document, UTCDateTime, queue_pauses, task_groups, task_logs, task_queue, worker_leases
+from db.records import DUE, PENDING, Status
 
 ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
 UNFINISHED: Final = (Status.QUEUED, Status.CLAIMED, Status.RUNNING)
+# In the words of idx_task_queue_unique: SQLite uses a partial index only where it finds its condition again.
+HOLDS_KEY: Final = text("task_queue.status IN ('queued', 'claimed', 'running')")
 UNSUCCESSFUL: Final = (Status.FAILED, Status.CANCELLED)
 
 _job = task_queue.c
@@ -146,49 +149,76 @@ _ENQUEUED: Final = (
     "group_id",
     "group_index",
     "in_chord",
+    "sequel",
+    "unique_key",
+    "unique_until",
     "message",
     "publication",
+    "published_at",
 )
 
 
 def enqueue(dialect: Any) -> Change:
     """A new row, unless its job_id is there already; in the words of `dialect`, which is SQLAlchemy's module."""
     values = {name: bindparam(f"b_{name}", type_=_job[name].type) for name in _ENQUEUED}
-    times = dict.fromkeys(("created_at", "updated_at", "published_at"), bindparam("b_now", type_=UTCDateTime))
+    times = dict.fromkeys(("created_at", "updated_at"), bindparam("b_now", type_=UTCDateTime))
     statement = dialect.insert(task_queue).values(**values, **times, status=Status.QUEUED)
     statement = statement.on_conflict_do_nothing(index_elements=["job_id"]).returning(*RETURNED)
     return Change(statement, ("created",), tells_attempt=False)
 
 
-def _claimed(*fences: Any, events: int, **more: Any) -> Update:
-    return (
-        update(task_queue)
-        .where(*fences)
-        .values(
-            status=Status.RUNNING,
-            claimed_by=bindparam("b_worker"),
-            claimed_at=bindparam("b_now"),
-            started_at=bindparam("b_now"),
-            updated_at=bindparam("b_now"),
-            progress=0.0,
-            stage=None,
-            attempt=_job.attempt + 1,
-            deliveries=_job.deliveries + 1,
-            sequence=_job.sequence + events,
-            **more,
-        )
-    )
+def is_paused(queue: Any) -> ColumnElement[bool]:
+    """Whether a queue is paused at `b_now`."""
+    until = queue_pauses.c.paused_until
+    in_force = or_(until.is_(None), until > bindparam("b_now", type_=UTCDateTime))
+    return exists().where(queue_pauses.c.queue == queue, in_force).correlate(task_queue)
 
 
 CLAIM: Final = Change(
-    _claimed(of_job, _job.publication == bindparam("b_publication"), _job.status == Status.QUEUED, events=2).returning(
-        *RETURNED
-    ),
+    update(task_queue)
+    .where(
+        of_job,
+        _job.publication == bindparam("b_publication"),
+        _job.status == Status.QUEUED,
+        ~is_paused(_job.queue),
+    )
+    .values(
+        status=Status.RUNNING,
+        claimed_by=bindparam("b_worker"),
+        lease=bindparam("b_lease"),
+        claimed_at=bindparam("b_now"),
+        started_at=bindparam("b_now"),
+        updated_at=bindparam("b_now"),
+        progress=0.0,
+        stage=None,
+        attempt=_job.attempt + 1,
+        deliveries=_job.deliveries + 1,
+        sequence=_job.sequence + 2,
+    )
+    .returning(*RETURNED),
     ("claimed", "started"),
 )
-# Its first event, "lost", is the former holder's, and logged apart.
-TAKE_OVER: Final = Change(
-    _claimed(of_attempt, events=3, deaths=_job.deaths + 1).returning(*RETURNED), ("claimed", "started")
+# Queued again, as it was before this attempt; a resting one is published anew, under the next number, when it is due.
+CLOSE: Final = (
+    update(task_queue)
+    .where(of_attempt)
+    .values(
+        status=Status.QUEUED,
+        attempt=_job.attempt + 1,
+        deaths=_job.deaths + bindparam("b_deaths"),
+        progress=0.0,
+        stage=None,
+        updated_at=bindparam("b_now"),
+        sequence=_job.sequence + 1,
+    )
+    .returning(*RETURNED)
+)
+RESTING: Final = {"published_at": None, "publication": _job.publication + 1}
+CLOSE_RESTING: Final = CLOSE.values(**RESTING, run_after_utc=bindparam("b_now"))
+REST: Final = (
+    update(task_queue)
+    .where(of_job, _job.publication == bindparam("b_publication"), _job.status == Status.QUEUED)
+    .values(**RESTING, run_after_utc=bindparam("b_now"))
 )
 COMPLETE: Final = Change(
     update(task_queue)
@@ -202,11 +232,14 @@ COMPLETE: Final = Change(
         error_message=None,
         completed_at=bindparam("b_now"),
         updated_at=bindparam("b_now"),
+        sequel=case((_job.in_chord, DUE), else_=null()),
         sequence=_job.sequence + 1,
     )
     .returning(*RETURNED),
     ("completed",),
 )
+# What follows from an unsuccessful end is due, if anything does.
+SEQUEL_DUE: Final = case((_job.sequel == PENDING, DUE), else_=_job.sequel)
 PROGRESS: Final = (
     update(task_queue)
     .where(of_attempt)
@@ -223,13 +256,17 @@ STANDING: Final = (
         _job.deaths,
         _job.claimed_by,
         _job.created_at,
+        _job.updated_at,
         _job.claimed_at,
         _job.published_at,
         _job.completed_at,
-        worker_heartbeats.c.last_heartbeat,
-        worker_heartbeats.c.status.label("worker_status"),
+        _job.deliveries,
+        _job.lease,
+        worker_leases.c.worker_id,
+        worker_leases.c.host_id,
+        worker_leases.c.renewed_at,
     )
-    .select_from(task_queue.outerjoin(worker_heartbeats, worker_heartbeats.c.worker_id == _job.claimed_by))
+    .select_from(task_queue.outerjoin(worker_leases, worker_leases.c.lease == _job.lease))
     .where(of_job)
 )
 

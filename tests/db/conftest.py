@@ -16,7 +16,7 @@ from db import schema
 from db.engine import Database
 from db.errors import DatabaseUnavailable
 from db.models import metadata
-from db.records import Claim, NewJob
+from db.records import Claim, Liveness, NewJob
 from db.store import Store
 
 KINDS = ("sqlite", "postgresql")
@@ -89,10 +89,15 @@ def new_job(job_id: str | None = None, **values: Any) -> NewJob:
     return NewJob(job_id=job_id or f"job-{next(_numbers)}", **{**defaults, **values})
 
 
-def claim(store: Store, job: NewJob, worker_id: str = "worker-1", **values: Any) -> Claim:
-    """A claim as the guard makes it for a first delivery."""
-    defaults = {"publication": 1, "is_redelivered": False, "holder_timeout_s": 15.0, "max_deaths": 3}
-    return store.claim(job, worker_id=worker_id, **{**defaults, **values})
+def claim(
+    store: Store, job: NewJob, worker_id: str = "worker-1", *, liveness: Liveness = Liveness.ALIVE, **values: Any
+) -> Claim:
+    """A claim as the guard makes it for a first delivery. `liveness` is that of who holds the job already."""
+    lease = f"lease of {worker_id}"
+    # Through a store of its own: the next write of this one may have to be lost.
+    Store(store.database).renew_lease(lease, worker_id, "this host")
+    defaults = {"publication": 1, "is_loss": False, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
+    return store.claim(job, job_id=job.job_id, worker_id=worker_id, **{**defaults, **values})
 
 
 def running(store: Store, worker_id: str = "worker-1", **values: Any) -> tuple[NewJob, int]:

@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 
-from db.records import Decision, Failure, Heartbeat, Status, now
+from db.records import Decision, Failure, Heartbeat, Liveness, Status, now
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 from tests.db.processes import in_processes
 
@@ -17,12 +17,8 @@ def test_each_job_is_claimed_by_exactly_one_of_many_processes(store):
         store.enqueue(job)
 
     def claim_all(number):
-        return [job.job_id for job in jobs if claim(store, job, f"worker-{number}", holder_timeout_s=1e9).attempt]
+        return [job.job_id for job in jobs if claim(store, job, f"worker-{number}", is_loss=True).attempt]
 
-    def hold(number):
-        store.heartbeat(heartbeat_of(f"worker-{number}"))
-
-    in_processes(PROCESSES, hold)
     claimed = Counter(job_id for ids in in_processes(PROCESSES, claim_all) for job_id in ids)
 
     assert claimed == Counter(job.job_id for job in jobs)
@@ -34,15 +30,16 @@ def test_of_many_redeliveries_each_takes_over_from_the_one_before(store):
     job, _attempt = running(store)
 
     def take_over(number):
-        claimed = claim(store, job, f"worker-{number}", is_redelivered=True, max_deaths=1000)
+        claimed = claim(store, job, f"worker-{number}", liveness=Liveness.DEAD, max_deaths=1000)
         return claimed.attempt if claimed.decision is Decision.RUN else None
 
     attempts = [attempt for attempt in in_processes(PROCESSES, take_over) if attempt]
 
     # One that lost the race between its look and its update finds the job held; it never shares an attempt.
-    assert sorted(attempts) == list(range(2, 2 + len(attempts)))
+    assert attempts
+    assert sorted(attempts) == list(range(3, 3 + 2 * len(attempts), 2))
     row = row_of(store, job)
-    assert (row["attempt"], row["deaths"]) == (1 + len(attempts), len(attempts))
+    assert (row["attempt"], row["deaths"]) == (1 + 2 * len(attempts), len(attempts))
     assert events_of(store, job) == ["created", "claimed", "started"] + ["lost", "claimed", "started"] * len(attempts)
 
 
@@ -91,6 +88,38 @@ def test_a_whole_life_of_many_jobs_at_once(store):
     assert store.counts() == {"image_resize": {"completed": PROCESSES * JOBS * 3 // 4, "failed": PROCESSES * JOBS // 4}}
 
 
+def test_an_attempt_is_closed_once_by_many_processes(store):
+    job, attempt = running(store)
+
+    closed = in_processes(PROCESSES, lambda _number: store.close(job.job_id, attempt, reason="its worker died"))
+
+    assert len([one for one in closed if one is not None]) == 1
+    assert (row_of(store, job)["deaths"], row_of(store, job)["publication"]) == (1, 2)
+    assert events_of(store, job) == ["created", "claimed", "started", "lost"]
+
+
+def test_a_job_of_a_dead_worker_is_closed_or_taken_over_but_never_both(store):
+    """The reconciler and a guard find the same dead attempt at the same moment."""
+    jobs = [running(store) for _ in range(JOBS)]
+
+    def dead_worker_1(holder):
+        return Liveness.DEAD if holder.worker_id == "worker-1" else Liveness.ALIVE
+
+    def rescue(number):
+        if number % 2:
+            return [store.close(job.job_id, attempt, reason="dead") is not None for job, attempt in jobs]
+        claims = [claim(store, job, f"guard-{number}", judge=dead_worker_1) for job, _attempt in jobs]
+        return [claimed.decision is Decision.RUN for claimed in claims]
+
+    done = in_processes(PROCESSES, rescue)
+
+    for (job, _attempt), rescued in zip(jobs, zip(*done, strict=True), strict=True):
+        assert sum(rescued) == 1
+        row = row_of(store, job)
+        assert (row["deaths"], row["attempt"]) == (1, 3 if row["status"] == "running" else 2)
+        assert events_of(store, job).count("lost") == 1
+
+
 def test_a_job_is_enqueued_once_by_many_processes(store):
     job = new_job()
 
@@ -103,7 +132,7 @@ def test_a_job_is_enqueued_once_by_many_processes(store):
 def test_messages_without_a_row_make_one_row(store):
     job = new_job()
 
-    claims = in_processes(PROCESSES, lambda number: claim(store, job, f"worker-{number}", is_redelivered=False))
+    claims = in_processes(PROCESSES, lambda number: claim(store, job, f"worker-{number}"))
 
     assert row_of(store, job)["attempt"] == max(claimed.attempt for claimed in claims)
     assert events_of(store, job).count("created") == 1
@@ -150,7 +179,6 @@ def test_exactly_one_thread_publishes_the_body_of_a_chord(store):
 
 
 def heartbeat_of(worker_id):
-
     return Heartbeat(
         worker_id=worker_id, hostname="h", pid=1, capabilities=[], concurrency=1, status="busy", started_at=now()
     )

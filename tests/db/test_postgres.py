@@ -9,7 +9,7 @@ from sqlalchemy import text
 from db import schema
 from db.engine import patiently
 from db.errors import DatabaseUnavailable, DatabaseUnusable, is_transient
-from db.records import Decision
+from db.records import Decision, Liveness
 from db.store import Store
 from tests import services
 from tests.db.conftest import claim, new_job, open_database, row_of
@@ -205,10 +205,20 @@ class TestProcesses:
         event.listen(Engine, "before_cursor_execute", record := lambda *args: statements.append(args[2]))
         try:
             store.enqueue(job)
-            attempt = claim(store, job).attempt
-            store.complete(job.job_id, attempt, {})
+            claimed = store.claim(
+                job,
+                job_id=job.job_id,
+                publication=1,
+                worker_id="worker-1",
+                lease="lease",
+                is_loss=False,
+                judge=lambda _: Liveness.ALIVE,
+                max_deaths=3,
+            )
+            store.complete(job.job_id, claimed.attempt, {})
         finally:
             event.remove(Engine, "before_cursor_execute", record)
 
+        assert claimed.decision is Decision.RUN
         assert len(statements) == 3
         assert all(statement.startswith("WITH changed AS") for statement in statements)

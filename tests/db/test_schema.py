@@ -14,7 +14,7 @@ from db import schema, views
 from db.models import metadata
 from db.store import Store
 from tasks.errors import DatabaseNotReady
-from tests.db.conftest import new_job, open_database, raw_sqlite
+from tests.db.conftest import KINDS, new_job, open_database, raw_sqlite
 from tests.db.processes import in_processes
 
 # The contract that SQL tools and dashboards read.
@@ -81,8 +81,36 @@ class TestContract:
             )
             definition = connection.exec_driver_sql(catalogue).scalar_one()
 
-        assert "(queue, priority DESC, id)" in definition
+        assert "(queue, priority DESC, id, published_at)" in definition
         assert "'queued'" in definition
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_each_index_of_the_migrations_is_the_one_of_the_models(self, request, kind):
+        """To its last condition: Alembic compares neither the order in an index nor the rows that it holds."""
+
+        def indexes(database):
+            catalogue = (
+                "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
+                if database.is_sqlite
+                else "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
+            )
+            with database.reading() as connection:
+                rows = connection.exec_driver_sql(catalogue).all()
+            return {name: sql for name, sql in rows if not name.startswith(schema.VERSION_TABLE)}
+
+        fixtures = {
+            "sqlite": ("upgraded_sqlite_path", "sqlite_path"),
+            "postgresql": ("upgraded_postgres_url", "fresh_postgres_url"),
+        }
+        migrated, made = (open_database(request.getfixturevalue(name)) for name in fixtures[kind])
+        try:
+            with made.transaction() as connection:
+                metadata.create_all(connection)
+            assert indexes(migrated) == indexes(made)
+            assert "idx_task_queue_due" in indexes(made)
+        finally:
+            migrated.close()
+            made.close()
 
     @pytest.mark.parametrize("table", COLUMNS)
     def test_tables_have_the_columns_of_the_contract(self, database, table):

@@ -5,7 +5,8 @@ from uuid import UUID
 
 import pytest
 
-from db.records import Decision, Failure, Heartbeat, Publication, Status, now
+from db.records import PENDING, Decision, Failure, Heartbeat, Holder, Liveness, Publication, Status, now
+from db.store.jobs import SUSPECT_DELIVERIES
 from tests.db.conftest import claim, events_of, new_job, open_database, row_of, running
 
 WHEN = datetime(2026, 3, 29, 1, 30, 15, 123456, tzinfo=UTC)
@@ -50,6 +51,9 @@ class TestEnqueue:
             group_id="group",
             group_index=4,
             in_chord=True,
+            sequel=PENDING,
+            unique_key="resize of in.jpg",
+            unique_until=WHEN + timedelta(hours=1),
             message={"args": [1.5, True], "kwargs": {"nested": {"deep": [{}]}}},
         )
 
@@ -130,7 +134,35 @@ class TestClaim:
         assert (claimed.decision, claimed.attempt) == (Decision.RUN, 1)
         assert row_of(store, job)["publication"] == 3
         assert events_of(store, job) == ["created", "claimed", "started"]
-        assert claim(store, job, "worker-2", publication=3, is_redelivered=True).decision is Decision.RUN
+        assert claim(store, job, "worker-2", publication=3, liveness=Liveness.DEAD).decision is Decision.RUN
+
+    def test_the_row_of_a_message_is_made_only_where_there_is_none(self, store):
+        job = new_job()
+        store.enqueue(job)
+
+        def claim_by(make):
+            return store.claim(
+                make,
+                job_id=job.job_id,
+                publication=1,
+                worker_id="worker-1",
+                lease=None,
+                is_loss=False,
+                judge=lambda _: Liveness.ALIVE,
+                max_deaths=3,
+            )
+
+        assert claim_by(lambda: pytest.fail("it has a row")).decision is Decision.RUN
+        other, job = job, new_job()
+        assert claim_by(lambda: job).decision is Decision.RUN
+        assert events_of(store, job) == events_of(store, other) == ["created", "claimed", "started"]
+
+    def test_a_claim_is_made_under_the_worker_s_lease(self, store):
+        job, _attempt = running(store, "worker-7")
+
+        assert row_of(store, job)["lease"] == "lease of worker-7"
+        claim(store, job, "worker-8", liveness=Liveness.DEAD)
+        assert row_of(store, job)["lease"] == "lease of worker-8"
 
     @pytest.mark.parametrize("publication", [1, 3])
     def test_a_message_of_another_publication_is_stale(self, store, publication):
@@ -138,7 +170,8 @@ class TestClaim:
         store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
 
         assert claim(store, job, publication=publication).decision is Decision.STALE
-        assert claim(store, job, publication=publication, is_redelivered=True).decision is Decision.STALE
+        lost = claim(store, job, publication=publication, is_loss=True, liveness=Liveness.DEAD)
+        assert lost.decision is Decision.STALE
 
         assert row_of(store, job)["status"] == "queued"
         assert claim(store, job, publication=2).attempt == 2
@@ -148,8 +181,9 @@ class TestClaim:
         store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
         claim(store, job, publication=2)
 
-        assert claim(store, job, publication=1, is_redelivered=True).decision is Decision.STALE
+        stale = claim(store, job, publication=1, is_loss=True, liveness=Liveness.DEAD)
 
+        assert stale.decision is Decision.STALE
         assert row_of(store, job)["attempt"] == 2
 
     @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
@@ -161,67 +195,129 @@ class TestClaim:
             store.end(job, status, LOST, attempt=attempt)
         before = row_of(store, job)
 
-        for is_redelivered in (False, True):
-            assert claim(store, job, "worker-2", is_redelivered=is_redelivered).decision == Decision(status.value)
+        for is_loss in (False, True):
+            claimed = claim(store, job, "worker-2", is_loss=is_loss, liveness=Liveness.DEAD)
+            assert claimed.decision == Decision(status.value)
 
         assert row_of(store, job) == before
         assert events_of(store, job) == ["created", "claimed", "started", status.value]
 
-    def test_a_living_worker_holds_its_job(self, store):
-        store.heartbeat(beat("worker-1"))
-        job, _attempt = running(store, "worker-1")
+    @pytest.mark.parametrize(
+        ("liveness", "is_loss"),
+        [(Liveness.ALIVE, False), (Liveness.ALIVE, True), (Liveness.UNCERTAIN, False)],
+        ids=["alive", "alive though redelivered", "uncertain"],
+    )
+    def test_a_worker_that_is_not_known_to_be_dead_holds_its_job(self, store, liveness, is_loss):
+        job, attempt = running(store, "worker-1")
         before = row_of(store, job)
 
-        held = claim(store, job, "worker-2")
+        held = claim(store, job, "worker-2", liveness=liveness, is_loss=is_loss)
 
         assert (held.decision, held.holder) == (Decision.HELD, "worker-1")
         assert row_of(store, job) == before
+        assert store.owns(job.job_id, attempt)
 
-    def test_a_redelivered_message_takes_over_from_a_living_worker(self, store):
-        store.heartbeat(beat("worker-1"))
+    @pytest.mark.parametrize("is_loss", [False, True])
+    def test_a_job_of_a_dead_worker_is_taken_over(self, store, is_loss):
         job, attempt = running(store, "worker-1")
 
-        taken = claim(store, job, "worker-2", is_redelivered=True)
+        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD, is_loss=is_loss)
 
-        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 1, 1)
+        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 2, 1)
         assert taken.holder == "worker-1"
-        assert row_of(store, job)["claimed_by"] == "worker-2"
+        row = row_of(store, job)
+        assert (row["claimed_by"], row["deaths"], row["deliveries"], row["publication"]) == ("worker-2", 1, 2, 1)
         assert events_of(store, job) == ["created", "claimed", "started", "lost", "claimed", "started"]
         lost = store.logs(job.job_id)[3]
         assert (lost["worker_id"], lost["details"]) == ("worker-1", {"attempt": 1, "deaths": 1})
 
-    @pytest.mark.parametrize("holder", ["never seen", "silent", "stopped"])
-    def test_a_job_of_a_dead_worker_is_taken_over(self, store, holder):
+    def test_a_redelivered_message_takes_over_from_a_worker_that_can_t_be_looked_at(self, store):
+        job, attempt = running(store, "worker-1")
+
+        taken = claim(store, job, "worker-2", liveness=Liveness.UNCERTAIN, is_loss=True)
+
+        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 2, 0)
+        assert taken.holder == "worker-1"
+        assert row_of(store, job)["claimed_by"] == "worker-2"
+        assert events_of(store, job) == ["created", "claimed", "started", "lost", "claimed", "started"]
+        lost = store.logs(job.job_id)[3]
+        assert (lost["worker_id"], lost["details"]) == ("worker-1", {"attempt": 1, "deaths": 0})
+
+    def test_a_lease_without_a_row_is_dead_and_nobody_is_asked(self, store):
+        job = new_job()
+        store.enqueue(job)
+        asked = []
+        claim(store, job, "worker-1", lease="never renewed")
+
+        taken = claim(store, job, "worker-2", judge=asked.append)
+
+        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, 3, 1)
+        assert asked == []
+
+    def test_an_attempt_without_a_lease_is_uncertain(self, store):
+        job = new_job()
+        store.enqueue(job)
+        claim(store, job, "worker-1", lease=None)
+
+        assert claim(store, job, "worker-2", liveness=Liveness.DEAD).decision is Decision.HELD
+        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD, is_loss=True)
+        assert (taken.decision, taken.deaths) == (Decision.RUN, 0)
+
+    def test_the_holder_is_judged_by_its_lease_s_row(self, store):
         job, _attempt = running(store, "worker-1")
-        if holder != "never seen":
-            store.heartbeat(beat("worker-1", status="stopped" if holder == "stopped" else "busy"))
+        asked = []
 
-        taken = claim(store, job, "worker-2", holder_timeout_s=-1.0 if holder == "silent" else 15.0)
+        def judge(holder):
+            asked.append(holder)
+            return Liveness.ALIVE
 
-        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, 2, 1)
+        assert claim(store, job, "worker-2", judge=judge).decision is Decision.HELD
+
+        (holder,) = store.holders(worker_id="worker-1")
+        assert asked == [holder]
+        assert holder == Holder("lease of worker-1", "worker-1", "this host", holder.renewed_at)
 
     def test_a_job_that_kills_its_workers_is_poison(self, store):
         job, _attempt = running(store)
 
-        decisions = [claim(store, job, is_redelivered=True, max_deaths=3).decision for _ in range(3)]
+        decisions = [claim(store, job, liveness=Liveness.DEAD, max_deaths=3).decision for _ in range(3)]
 
         assert decisions == [Decision.RUN, Decision.RUN, Decision.POISON]
         row = row_of(store, job)
-        assert (row["deaths"], row["attempt"], row["status"]) == (3, 4, "running")
-        assert store.end(job, Status.FAILED, LOST, attempt=4)
+        assert (row["deaths"], row["attempt"], row["status"]) == (3, 7, "running")
+        assert store.end(job, Status.FAILED, LOST, attempt=7)
         assert events_of(store, job)[-3:] == ["claimed", "started", "failed"]
+
+    def test_a_message_that_comes_back_again_and_again_is_poison_in_the_end(self, store):
+        job, _attempt = running(store)
+
+        claims = [claim(store, job, liveness=Liveness.UNCERTAIN, is_loss=True) for _ in range(SUSPECT_DELIVERIES + 2)]
+
+        assert [claimed.deaths for claimed in claims] == [0] * (SUSPECT_DELIVERIES - 1) + [1, 2, 3]
+        assert {claimed.decision for claimed in claims[:-1]} == {Decision.RUN}
+        assert claims[-1].decision is Decision.POISON
+
+    def test_a_suspect_message_is_still_held_by_the_living(self, store):
+        job, _attempt = running(store)
+        for _ in range(SUSPECT_DELIVERIES):
+            claim(store, job, liveness=Liveness.UNCERTAIN, is_loss=True)
+        before = row_of(store, job)
+
+        assert claim(store, job, is_loss=True).decision is Decision.HELD
+        assert claim(store, job, liveness=Liveness.UNCERTAIN).decision is Decision.HELD
+
+        assert row_of(store, job) == before
 
     def test_a_new_attempt_starts_without_the_progress_of_the_last(self, store):
         job, attempt = running(store)
         store.progress(job.job_id, attempt, percent=60.0, stage="encoding")
 
-        claim(store, job, is_redelivered=True)
+        claim(store, job, liveness=Liveness.DEAD)
 
         row = row_of(store, job)
         assert (row["progress"], row["stage"]) == (0.0, None)
 
     def test_after_a_lost_commit_the_same_claim_runs_and_is_no_death(self, store, lose_commit, unavailable):
-        store.heartbeat(beat("worker-1"))
         job = new_job()
         store.enqueue(job)
         lose_commit()
@@ -237,7 +333,6 @@ class TestClaim:
     def test_after_a_lost_commit_a_second_delivery_to_another_worker_is_still_held(
         self, store, lose_commit, unavailable
     ):
-        store.heartbeat(beat("worker-1"))
         job = new_job()
         store.enqueue(job)
         lose_commit()
@@ -250,11 +345,12 @@ class TestClaim:
         job, _attempt = running(store)
         lose_commit()
         with unavailable:
-            claim(store, job, "worker-2", is_redelivered=True)
+            claim(store, job, "worker-2", liveness=Liveness.DEAD)
 
-        again = claim(store, job, "worker-2", is_redelivered=True)
+        again = claim(store, job, "worker-2", liveness=Liveness.DEAD)
 
-        assert (again.decision, again.attempt, again.deaths) == (Decision.RUN, 2, 1)
+        assert (again.decision, again.attempt, again.deaths) == (Decision.RUN, 3, 1)
+        assert events_of(store, job).count("lost") == 1
 
 
 class TestFences:
@@ -264,14 +360,15 @@ class TestFences:
     def zombie(self, store):
         """A job that a second attempt has taken over, and the attempt that does not know it yet."""
         job, attempt = running(store)
-        claim(store, job, "worker-2", is_redelivered=True)
+        claim(store, job, "worker-2", liveness=Liveness.DEAD)
         return job, attempt
 
     def test_an_old_attempt_does_not_own_the_job(self, store, zombie):
         job, attempt = zombie
 
         assert not store.owns(job.job_id, attempt)
-        assert store.owns(job.job_id, attempt + 1)
+        assert not store.owns(job.job_id, attempt + 1)
+        assert store.owns(job.job_id, attempt + 2)
 
     @pytest.mark.parametrize(
         "write",
@@ -281,8 +378,9 @@ class TestFences:
             lambda store, job, attempt: store.end(job, Status.FAILED, LOST, attempt=attempt),
             lambda store, job, attempt: store.end(job, Status.CANCELLED, LOST, attempt=attempt),
             lambda store, job, attempt: store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1),
+            lambda store, job, attempt: store.close(job.job_id, attempt, reason="late"),
         ],
-        ids=["progress", "complete", "fail", "cancel", "requeue"],
+        ids=["progress", "complete", "fail", "cancel", "requeue", "close"],
     )
     def test_a_late_write_changes_nothing(self, store, zombie, write):
         job, attempt = zombie
@@ -441,13 +539,23 @@ class TestAgain:
             job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=WHEN, failure=LOST
         )
 
-        assert publication == Publication(2, 9)
+        assert publication == Publication(2, 9, is_resting=True)
         row = row_of(store, job)
         assert (row["status"], row["retry_count"], row["run_after_utc"]) == ("queued", 1, WHEN)
-        assert (row["error_type"], row["attempt"]) == ("WorkerLost", attempt)
+        assert (row["error_type"], row["attempt"], row["published_at"]) == ("WorkerLost", attempt, None)
         assert not store.owns(job.job_id, attempt)
         assert events_of(store, job)[-1] == "retry"
         assert store.logs(job.job_id)[-1]["details"] == {"retry_count": 1, "run_after_utc": WHEN.isoformat()}
+
+    def test_a_retry_at_once_does_not_rest(self, store):
+        job, attempt = running(store)
+        before = now()
+
+        assert store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1) == Publication(2, 5)
+
+        row = row_of(store, job)
+        assert row["run_after_utc"] is None
+        assert row["published_at"] >= before
 
     def test_a_second_requeue_of_an_attempt_comes_too_late(self, store):
         job, attempt = running(store)
@@ -457,14 +565,18 @@ class TestAgain:
 
         assert row_of(store, job)["publication"] == 2
 
-    def test_after_a_lost_commit_the_same_requeue_gives_its_publication(self, store, lose_commit, unavailable):
+    @pytest.mark.parametrize("run_after_utc", [None, WHEN])
+    def test_after_a_lost_commit_the_same_requeue_gives_its_publication(
+        self, store, lose_commit, unavailable, run_after_utc
+    ):
         job, attempt = running(store)
         lose_commit()
         with unavailable:
-            store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
+            store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=run_after_utc)
 
-        assert store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1) == Publication(2, 5)
+        again = store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=run_after_utc)
 
+        assert again == Publication(2, 5, is_resting=run_after_utc is not None)
         assert events_of(store, job).count("retry") == 1
 
     def test_a_completed_retry_forgets_the_error(self, store):
@@ -479,7 +591,7 @@ class TestAgain:
     @pytest.mark.parametrize("status", [Status.FAILED, Status.CANCELLED])
     def test_a_dead_letter_can_be_replayed_as_new(self, store, status):
         job, _attempt = running(store)
-        taken = claim(store, job, is_redelivered=True)
+        taken = claim(store, job, liveness=Liveness.DEAD)
         store.progress(job.job_id, taken.attempt, percent=30.0, stage="encoding")
         store.end(job, status, LOST, attempt=taken.attempt)
 
@@ -489,7 +601,7 @@ class TestAgain:
         assert (row["status"], row["deaths"], row["retry_count"], row["progress"]) == ("queued", 0, 0, 0.0)
         assert (row["error_type"], row["completed_at"], row["stage"]) == (None, None, None)
         assert events_of(store, job)[-1] == "replayed"
-        assert claim(store, job, publication=2).attempt == 3
+        assert claim(store, job, publication=2).attempt == taken.attempt + 1
 
     def test_only_a_dead_letter_can_be_replayed(self, store):
         queued = new_job()
@@ -605,9 +717,11 @@ class TestGroups:
 class TestWorkers:
     def test_a_worker_shows_its_newest_state(self, store):
         store.heartbeat(beat("worker-1"))
-        store.heartbeat(beat("worker-1", status="busy", current_tasks=("a",), tasks_processed=3, strategy="*=LIFO"))
+        newest = {"current_tasks": ("a",), "reserved_tasks": ("b", "c"), "tasks_processed": 3, "lease": "lease-1"}
+        store.heartbeat(beat("worker-1", status="busy", strategy="*=LIFO", **newest))
 
         (row,) = store.workers()
+        assert (row["reserved_tasks"], row["lease"]) == (["b", "c"], "lease-1")
         assert (row["status"], row["current_tasks"], row["tasks_processed"]) == ("busy", ["a"], 3)
         assert (row["strategy"], row["capabilities"], row["started_at"]) == ("*=LIFO", ["image_resize"], WHEN)
         assert now() - row["last_heartbeat"] < timedelta(seconds=10)
@@ -686,6 +800,40 @@ class TestReading:
 
         assert store.counts() == {"image_resize": {"queued": 2}, "video_probe": {"queued": 1, "running": 1}}
 
+    def test_what_has_not_ended_is_counted_by_queue_and_status(self, store):
+        assert store.queue_counts() == {}
+        for queue in ("image_resize", "image_resize", "video_probe"):
+            store.enqueue(new_job(queue=queue))
+        store.enqueue(new_job(queue="video_probe"), is_resting=True)
+        running(store, queue="video_probe")
+        done, attempt = running(store, queue="image_conversion")
+        store.complete(done.job_id, attempt, {})
+        store.end(new_job(), Status.CANCELLED, LOST)
+
+        assert store.queue_counts() == {"image_resize": {"queued": 2}, "video_probe": {"queued": 2, "running": 1}}
+
+    def test_jobs_ahead_are_those_that_are_claimed_before(self, store):
+        jobs = [new_job(priority=priority) for priority in (5, 9, 5, 1, 5)]
+        for job in jobs:
+            store.enqueue(job)
+
+        def ahead(job):
+            row = row_of(store, job)
+            return store.jobs_ahead(row["queue"], row["priority"], row["id"])
+
+        assert [ahead(job) for job in jobs] == [1, 0, 2, 4, 3]
+        claim(store, jobs[1])
+        store.end(jobs[0], Status.CANCELLED, LOST)
+        assert [ahead(job) for job in jobs[2:]] == [0, 2, 1]
+
+    def test_jobs_of_other_queues_and_jobs_that_rest_are_not_ahead(self, store):
+        store.enqueue(new_job(queue="video_probe", priority=10))
+        store.enqueue(new_job(priority=10), is_resting=True)
+        job = new_job()
+        store.enqueue(job)
+
+        assert store.jobs_ahead(job.queue, job.priority, row_of(store, job)["id"]) == 0
+
     def test_another_process_s_store_sees_it_at_once(self, store):
         job = new_job()
         other = type(store)(open_database(store.database.url.render_as_string(hide_password=False)))
@@ -737,7 +885,7 @@ class TestViews:
             job, attempt = running(store)
             store.complete(job.job_id, attempt, {})
         taken, _attempt = running(store)
-        claim(store, taken, is_redelivered=True)
+        claim(store, taken, liveness=Liveness.DEAD)
 
         rows = {(row["task_type"], row["status"]): row for row in self.rows(store, "v_task_stats")}
 

@@ -1,0 +1,112 @@
+"""What every part of the store stands on: connections, log rows, and how a repeated call recognises its own commit."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from importlib import import_module
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, RowMapping, Select
+from sqlalchemy.exc import SQLAlchemyError
+
+from db import schema, statements
+from db.engine import Database
+from db.records import Failure, now
+
+UNCONFIRMED_KEPT: Final = 1000
+
+
+class Write(NamedTuple):
+    """One try of a write: its time is how a repeated call recognises a commit whose answer was lost."""
+
+    connection: Connection
+    at: datetime
+    earlier: Collection[datetime]
+
+
+class Part:
+    """A part of the store, on one database."""
+
+    def __init__(self, database: Database) -> None:
+        self.database: Final = database
+        dialect = import_module(f"sqlalchemy.dialects.{'sqlite' if database.is_sqlite else 'postgresql'}")
+        self._insert: Final = dialect.insert
+        self._enqueue: Final = statements.enqueue(dialect)
+        self._unconfirmed: Final[dict[tuple[str | int | None, ...], set[datetime]]] = {}
+
+    def _rows(self, statement: Select[Any], bound: Mapping[str, Any] | None = None) -> list[RowMapping]:
+        with self._reading() as connection:
+            return list(connection.execute(statement, bound or {}).mappings())
+
+    def _reading(self) -> AbstractContextManager[Connection]:
+        schema.ensure_schema(self.database)
+        return self.database.reading()
+
+    def _changing(self) -> AbstractContextManager[Connection]:
+        """For one change, which is one statement in PostgreSQL and needs no transaction there."""
+        schema.ensure_schema(self.database)
+        return self.database.transaction() if self.database.is_sqlite else self.database.reading()
+
+    @contextmanager
+    def _writing(self, *key: str | int | None) -> Iterator[Write]:
+        """As `_changing`, for a write that a repeated call (same `key`) has to recognise as its own.
+
+        When a connection is lost at the end of a write, it may be committed or not. Its time is kept until the call is
+        repeated, as `db.engine.patiently` does; the times of a caller who gives up are dropped in the end.
+        """
+        at = now()
+        try:
+            with self._changing() as connection:
+                yield Write(connection, at, self._unconfirmed.get(key, ()))
+        except SQLAlchemyError:
+            self._unconfirmed.setdefault(key, set()).add(at)
+            if len(self._unconfirmed) > UNCONFIRMED_KEPT:
+                self._unconfirmed.pop(next(iter(self._unconfirmed)), None)
+            raise
+        self._unconfirmed.pop(key, None)
+
+
+def log(
+    connection: Connection,
+    job_id: str | None,
+    sequence: int,
+    event: str,
+    worker_id: str | None,
+    at: datetime,
+    message: str | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    row = statements.log_row(job_id, sequence, event, worker_id, at, text(message), details)
+    connection.execute(statements.LOG, row)
+
+
+def log_failure(
+    connection: Connection,
+    job_id: str,
+    sequence: int,
+    event: str,
+    worker_id: str | None,
+    at: datetime,
+    failure: Failure | None,
+    details: Mapping[str, Any],
+) -> None:
+    message = None if failure is None else f"{failure.error_type}: {failure.error_message}"
+    everything = {**details, **((failure and failure.details) or {})}
+    log(connection, job_id, sequence, event, worker_id, at, message, everything or None)
+
+
+def failure_columns(failure: Failure | None) -> dict[str, str | None]:
+    if failure is None:
+        return {"error_type": None, "error_module": None, "error_message": None}
+    return {
+        "error_type": text(failure.error_type, 255),
+        "error_module": text(failure.error_module, 255),
+        "error_message": text(failure.error_message),
+    }
+
+
+def text(value: str | None, length: int | None = None) -> str | None:
+    """Text that every database takes: names of files may hold bytes that are no UTF-8, and messages NULs."""
+    if value is None:
+        return None
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")[:length]

@@ -1,0 +1,434 @@
+"""One job's way through its row: enqueued, claimed, closed or requeued, ended; each a single atomic change."""
+
+from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Connection, RowMapping, case, null, select, update
+from sqlalchemy.exc import IntegrityError
+
+from db import statements
+from db.models import task_queue
+from db.records import PENDING, Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Status, now
+from db.statements import RETURNED, UNFINISHED, UNSUCCESSFUL, is_one_of, of_attempt, of_job
+from db.store.base import Part, failure_columns, log, log_failure, text
+
+# A message that came back so often, from hosts that could not be looked at, counts as one that kills its workers.
+SUSPECT_DELIVERIES: Final = 10
+UNIQUE_TRIES: Final = 20
+
+Judge = Callable[[Holder], Liveness]
+
+
+class Jobs(Part):
+    """The transitions of a row."""
+
+    # Submitted
+
+    def enqueue(self, job: NewJob, *, worker_id: str | None = None, is_resting: bool = False) -> Publication | None:
+        """Write a new job as queued; None if its id is there already: the row stays as it is and needs no message.
+
+        A resting one is published later, by a dispatcher, at `run_after_utc` (at once, without it).
+        """
+        with self._writing("enqueue", job.job_id) as (connection, at, earlier):
+            return self._enqueued(connection, job, worker_id, at, earlier, is_resting=is_resting)
+
+    def _enqueued(
+        self,
+        connection: Connection,
+        job: NewJob,
+        worker_id: str | None,
+        at: datetime,
+        earlier: Collection[datetime],
+        *,
+        is_resting: bool,
+    ) -> Publication | None:
+        if self._enqueue_in(connection, job, worker_id, at, is_resting=is_resting):
+            return Publication(1, job.priority, is_resting)
+        standing = _standing(connection, job.job_id) if earlier else None
+        is_mine = standing is not None and standing["created_at"] in earlier
+        return Publication(1, job.priority, is_resting) if is_mine else None
+
+    def enqueue_unique(self, job: NewJob, *, is_resting: bool = False) -> tuple[str, Publication | None]:
+        """As `enqueue`, unless a job with the same `unique_key` lives: then its id, and None.
+
+        A key is free again when its job has ended, or at its `unique_until`.
+        """
+        for tries_left in reversed(range(UNIQUE_TRIES)):
+            try:
+                with (
+                    self._writing("enqueue", job.job_id) as (_, at, earlier),
+                    self.database.transaction() as connection,
+                ):
+                    living = _holder_of_key(connection, job, at)
+                    if living is not None and living != job.job_id:
+                        return living, None
+                    return job.job_id, self._enqueued(connection, job, None, at, earlier, is_resting=is_resting)
+            except IntegrityError:  # another submission was faster; it is found now, or its job has ended already
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
+
+    def living(self, unique_key: str) -> str | None:
+        """The id of the unfinished job with this key."""
+        with self._reading() as connection:
+            return _living(connection, unique_key)
+
+    def _enqueue_in(
+        self,
+        connection: Connection,
+        job: NewJob,
+        worker_id: str | None,
+        at: datetime,
+        publication: int = 1,
+        *,
+        is_resting: bool = False,
+        was_sent: bool = True,
+    ) -> bool:
+        values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
+        bound = values | {"b_publication": publication, "b_worker": worker_id, "b_now": at}
+        bound["b_published_at"] = at if was_sent else None
+        if is_resting:
+            bound |= {"b_published_at": None, "b_run_after_utc": job.run_after_utc or at}
+        return self._enqueue.execute(connection, bound) is not None
+
+    def requeue(
+        self,
+        job_id: str,
+        *,
+        attempt: int,
+        event: str,
+        retry_count: int,
+        run_after_utc: datetime | None = None,
+        failure: Failure | None = None,
+    ) -> Publication | None:
+        """End `attempt` and queue the job again under the next publication; None if it came too late.
+
+        With `run_after_utc` it rests until then; else its message is the caller's to send.
+        """
+        is_resting = run_after_utc is not None
+        with self._writing("requeue", job_id, attempt) as (connection, at, earlier), self.database.transaction():
+            row = connection.execute(
+                update(task_queue)
+                .where(of_attempt)
+                .values(
+                    status=Status.QUEUED,
+                    publication=task_queue.c.publication + 1,
+                    retry_count=retry_count,
+                    run_after_utc=run_after_utc,
+                    published_at=None if is_resting else at,
+                    progress=0.0,
+                    stage=None,
+                    updated_at=at,
+                    sequence=task_queue.c.sequence + 1,
+                    **failure_columns(failure),
+                )
+                .returning(*RETURNED),
+                {"b_job_id": job_id, "b_attempt": attempt},
+            ).one_or_none()
+            if row is None:
+                return _published(connection, job_id, earlier, is_resting)
+            details = {"retry_count": retry_count, "run_after_utc": run_after_utc and run_after_utc.isoformat()}
+            log_failure(connection, job_id, row.sequence, event, row.claimed_by, at, failure, details)
+            return Publication(row.publication, row.priority, is_resting)
+
+    def replay(
+        self,
+        job_id: str,
+        *,
+        job: NewJob | None = None,
+        is_resting: bool = False,
+        only_unsent: bool = False,
+        event: str = "replayed",
+    ) -> Publication | None:
+        """Queue a failed or cancelled job again, as new; None if it is neither.
+
+        Args:
+            job: What is submitted now: a step of a chain, say, whose arguments hold the new result before it.
+            only_unsent: Only a job that was never sent: it ended with the job that it waited for.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: Another job with its `unique_key` lives.
+        """
+        c = task_queue.c
+        fences = [c.published_at.is_(None), c.run_after_utc.is_(None)] if only_unsent else []
+        with self._writing("replay", job_id) as (connection, at, earlier), self.database.transaction():
+            row = connection.execute(
+                update(task_queue)
+                .where(of_job, is_one_of(UNSUCCESSFUL), *fences)
+                .values(
+                    status=Status.QUEUED,
+                    publication=task_queue.c.publication + 1,
+                    retry_count=0,
+                    deaths=0,
+                    deliveries=0,
+                    progress=0.0,
+                    stage=None,
+                    run_after_utc=at if is_resting else None,
+                    expires_at=None,
+                    completed_at=None,
+                    published_at=None if is_resting else at,
+                    updated_at=at,
+                    sequel=case((task_queue.c.sequel.is_not(None), PENDING), else_=null()),
+                    sequence=task_queue.c.sequence + 1,
+                    **failure_columns(None),
+                    **({"message": job.message, "parameters": job.parameters} if job is not None else {}),
+                )
+                .returning(*RETURNED),
+                {"b_job_id": job_id},
+            ).one_or_none()
+            if row is None:
+                return _published(connection, job_id, earlier, is_resting)
+            log(connection, job_id, row.sequence, event, None, at)
+            return Publication(row.publication, row.priority, is_resting)
+
+    # Claimed, running, ended
+
+    def claim(
+        self,
+        job: NewJob | Callable[[], NewJob],
+        *,
+        job_id: str,
+        publication: int,
+        worker_id: str,
+        lease: str | None,
+        is_loss: bool,
+        judge: Judge,
+        max_deaths: int,
+    ) -> Claim:
+        """Claim the job for one attempt, in one atomic step: queued -> claimed + running.
+
+        A row that is running already is taken over if its holder is dead: that attempt is closed and counts as a death,
+        and from `max_deaths` on the claim is POISON: claimed, to be failed by the caller. A job without a row (its
+        message came from another Celery client) gets one first. A job of a paused queue goes to rest.
+
+        Args:
+            job: The row of a message that has none; called only then.
+            is_loss: The broker has redelivered the message, and does so only after it lost the consumer. It decides
+                where the holder can't be looked at; that is no proof of a death, unless it happens again and again.
+            judge: Tells from the holder's lease whether it lives.
+        """
+        with self._writing("claim", job_id, publication, worker_id) as (connection, at, earlier):
+            bound = {
+                "b_job_id": job_id,
+                "b_publication": publication,
+                "b_worker": worker_id,
+                "b_lease": lease,
+                "b_now": at,
+            }
+            row = statements.CLAIM.execute(connection, bound)
+            if row is None and _standing(connection, job_id) is None:
+                new = job() if callable(job) else job
+                self._enqueue_in(connection, new, worker_id, at, publication)
+                row = statements.CLAIM.execute(connection, bound)
+            if row is not None:
+                return _running(row.attempt, row.deaths, max_deaths)
+            standing = connection.execute(statements.STANDING, bound).mappings().one()
+            if (decision := _decision(standing, publication)) is not None:
+                return Claim(decision)
+            if standing["status"] == Status.QUEUED:
+                self.rest(job_id, publication)
+                return Claim(Decision.PAUSED)
+            if standing["claimed_at"] in earlier:
+                return _running(standing["attempt"], standing["deaths"], max_deaths)
+            return self._take_over(connection, standing, bound, is_loss, judge, max_deaths)
+
+    def _take_over(
+        self,
+        connection: Connection,
+        standing: RowMapping,
+        bound: dict[str, Any],
+        is_loss: bool,
+        judge: Judge,
+        max_deaths: int,
+    ) -> Claim:
+        """Close an attempt whose holder is dead, and claim the job anew."""
+        holder = standing["claimed_by"]
+        liveness = _liveness(standing, judge)
+        is_death = liveness is Liveness.DEAD or standing["deliveries"] >= SUSPECT_DELIVERIES
+        if not (liveness is Liveness.DEAD or (is_loss and liveness is Liveness.UNCERTAIN)):
+            return Claim(Decision.HELD, holder=holder)
+        reason = "its worker died" if liveness is Liveness.DEAD else "the broker lost its worker"
+        with self.database.transaction():
+            closed = _close(connection, bound, standing["attempt"], "lost", reason, is_death=is_death)
+            if closed is None:
+                return Claim(Decision.HELD, holder=holder)
+            row = statements.CLAIM.execute(connection, bound)
+            if row is None:
+                self.rest(bound["b_job_id"], closed.publication)
+                return Claim(Decision.PAUSED)
+        return _running(row.attempt, row.deaths, max_deaths, holder)
+
+    def close(
+        self,
+        job_id: str,
+        attempt: int,
+        *,
+        event: str = "lost",
+        reason: str,
+        is_death: bool = True,
+        is_resting: bool = True,
+    ) -> Closed | None:
+        """End an attempt whose process is dead or gives the job back: running -> queued; None if it is not running.
+
+        A resting job is published anew by the dispatcher; one that is not waits for the message that it has.
+        """
+        key = ("close", job_id, attempt)
+        with self._writing(*key) as (connection, at, earlier), self.database.transaction():
+            bound = {"b_job_id": job_id, "b_now": at}
+            closed = _close(connection, bound, attempt, event, reason, is_death=is_death, is_resting=is_resting)
+            if closed is None and earlier:
+                standing = _standing(connection, job_id)
+                if standing is not None and standing["updated_at"] in earlier:
+                    return Closed(standing["attempt"], standing["publication"], standing["deaths"])
+            return closed
+
+    def rest(self, job_id: str, publication: int, *, delay_s: float = 0.0) -> bool:
+        """Let a queued job rest until `delay_s` from now: its message could not be sent, or came to a paused queue."""
+        with self._changing() as connection:
+            bound = {"b_job_id": job_id, "b_publication": publication, "b_now": now() + timedelta(seconds=delay_s)}
+            return connection.execute(statements.REST, bound).rowcount == 1
+
+    def owns(self, job_id: str, attempt: int) -> bool:
+        """The fencing check: whether `attempt` is still the running one."""
+        with self._reading() as connection:
+            bound = {"b_job_id": job_id, "b_attempt": attempt}
+            return connection.execute(statements.OWNS, bound).scalar() is not None
+
+    def progress(self, job_id: str, attempt: int, *, percent: float, stage: str | None = None) -> bool:
+        """Write how far the attempt is, 0-100. Not a transition: no log row, no sequence number."""
+        with self._changing() as connection:
+            bound = {"b_job_id": job_id, "b_attempt": attempt, "b_progress": percent, "b_now": now()}
+            return connection.execute(statements.PROGRESS, bound | {"b_stage": text(stage, 255)}).rowcount == 1
+
+    def complete(self, job_id: str, attempt: int, result: Any) -> bool:
+        """running -> completed. False if this attempt no longer owns the job; True again when it is repeated."""
+        with self._changing() as connection:
+            bound = {"b_job_id": job_id, "b_attempt": attempt, "b_result": result, "b_now": now(), "b_worker": None}
+            if statements.COMPLETE.execute(connection, bound) is not None:
+                return True
+            return _has_ended(connection, job_id, Status.COMPLETED, attempt)
+
+    def end(
+        self,
+        job: NewJob,
+        status: Status,
+        failure: Failure,
+        *,
+        attempt: int | None = None,
+        publication: int | None = None,
+        was_sent: bool = True,
+    ) -> bool:
+        """Any unfinished status -> failed or cancelled; a job without a row gets one, ended.
+
+        `attempt` fences a write by the attempt itself, `publication` one by somebody who only knows the message. One
+        that was never sent, but waited for another job, is never `published_at` a time.
+        False if it came too late; True again when it is repeated by the attempt, or after a lost connection.
+        """
+        of_fence = []
+        if attempt is not None:
+            of_fence.append(task_queue.c.attempt == attempt)
+        if publication is not None:
+            of_fence.append(task_queue.c.publication == publication)
+        key = ("end", job.job_id, status.value, attempt, publication)
+        with self._writing(*key) as (connection, at, earlier), self.database.transaction():
+            ending = (
+                update(task_queue)
+                .where(of_job, is_one_of(UNFINISHED), *of_fence)
+                .values(
+                    status=status,
+                    completed_at=at,
+                    updated_at=at,
+                    sequel=statements.SEQUEL_DUE,
+                    sequence=task_queue.c.sequence + 1,
+                    **failure_columns(failure),
+                )
+                .returning(*RETURNED)
+            )
+            row = connection.execute(ending, {"b_job_id": job.job_id}).one_or_none()
+            # An attempt had a row: if that is gone, so is its job.
+            number = publication or 1
+            is_new = row is None and attempt is None
+            if is_new and self._enqueue_in(connection, job, None, at, number, was_sent=was_sent):
+                row = connection.execute(ending, {"b_job_id": job.job_id}).one()
+            if row is None:
+                return _has_ended(connection, job.job_id, status, attempt, earlier)
+            log_failure(connection, job.job_id, row.sequence, status.value, row.claimed_by, at, failure, {})
+            return True
+
+
+def _standing(connection: Connection, job_id: str) -> RowMapping | None:
+    return connection.execute(statements.STANDING, {"b_job_id": job_id}).mappings().one_or_none()
+
+
+def _published(connection: Connection, job_id: str, at: Collection[datetime], is_resting: bool) -> Publication | None:
+    """The publication that was written at one of these times."""
+    standing = _standing(connection, job_id) if at else None
+    if standing is None or standing["updated_at"] not in at:
+        return None
+    return Publication(standing["publication"], standing["priority"], is_resting)
+
+
+def _has_ended(
+    connection: Connection, job_id: str, status: Status, attempt: int | None, at: Collection[datetime] = ()
+) -> bool:
+    """Whether the job was ended in this way by this attempt, or at one of these times."""
+    standing = _standing(connection, job_id) if attempt is not None or at else None
+    if standing is None or standing["status"] != status:
+        return False
+    return standing["attempt"] == attempt or standing["completed_at"] in at
+
+
+def _running(attempt: int, deaths: int, max_deaths: int, holder: str | None = None) -> Claim:
+    decision = Decision.POISON if deaths >= max_deaths else Decision.RUN
+    return Claim(decision, attempt=attempt, deaths=deaths, holder=holder)
+
+
+def _decision(standing: RowMapping, publication: int) -> Decision | None:
+    """What a message of this publication is to a row that could not be claimed; None if it is the row's own."""
+    status = Status(standing["status"])
+    if status.is_terminal:
+        return Decision(status.value)
+    return None if standing["publication"] == publication else Decision.STALE
+
+
+def _liveness(standing: RowMapping, judge: Judge) -> Liveness:
+    """Whether the holder lives: uncertain without a lease (an eager run), and no more if its lease has no row."""
+    if standing["lease"] is None:
+        return Liveness.UNCERTAIN
+    if standing["renewed_at"] is None:
+        return Liveness.DEAD
+    names = ("lease", "worker_id", "host_id", "renewed_at")
+    return judge(Holder(**{name: standing[name] for name in names}))
+
+
+def _close(
+    connection: Connection,
+    bound: dict[str, Any],
+    attempt: int,
+    event: str,
+    reason: str,
+    *,
+    is_death: bool,
+    is_resting: bool = False,
+) -> Closed | None:
+    statement = statements.CLOSE_RESTING if is_resting else statements.CLOSE
+    row = connection.execute(statement, bound | {"b_attempt": attempt, "b_deaths": int(is_death)}).one_or_none()
+    if row is None:
+        return None
+    details = {"attempt": attempt, "deaths": row.deaths}
+    log(connection, row.job_id, row.sequence, event, row.claimed_by, bound["b_now"], reason, details)
+    return Closed(row.attempt, row.publication, row.deaths)
+
+
+def _living(connection: Connection, unique_key: str) -> str | None:
+    statement = select(task_queue.c.job_id).where(task_queue.c.unique_key == unique_key, statements.HOLDS_KEY)
+    return connection.execute(statement).scalar()
+
+
+def _holder_of_key(connection: Connection, job: NewJob, at: datetime) -> str | None:
+    """The job that has the key, whose time may be over: then it gives the key up."""
+    c = task_queue.c
+    over = update(task_queue).where(c.unique_key == job.unique_key, statements.HOLDS_KEY, c.unique_until <= at)
+    connection.execute(over.values(unique_key=None))
+    return _living(connection, job.unique_key or "")

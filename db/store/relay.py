@@ -1,0 +1,121 @@
+"""What is told onward of the job tables: the log in the order of its ids, and how far running jobs are.
+
+A row can become visible after one with a higher id: PostgreSQL numbers a row when it is written, and shows it when its
+transaction ends. So who reads on from a position comes back for the numbers that were missing, until nobody is left
+who could show them (`log_writers`). In SQLite writers come one after the other.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from sqlalchemy import RowMapping, Text, bindparam, case, cast, func, or_, select, text, update
+
+from db.models import duties, task_logs, task_queue
+from db.statements import ACTIVE, is_one_of
+from db.store.base import Part
+
+_log: Final = task_logs.c
+_job: Final = task_queue.c
+_result: Final = cast(_job.result_data, Text)
+_is_completed: Final = _log.event_type == "completed"
+_is_short: Final = func.length(_result) < bindparam("b_result_bytes")
+_CHANGES: Final = (
+    select(
+        _log.id,
+        _log.job_id,
+        _log.sequence,
+        _log.worker_id,
+        _log.event_type,
+        _log.message,
+        _log.details,
+        _log.created_at,
+        _job.task_type,
+        _job.root_id,
+        _job.progress,
+        _job.sequence.label("last_sequence"),
+        case((_is_completed & _is_short, _result)).label("result"),
+        (_is_completed & ~_is_short).label("is_truncated"),
+    )
+    .select_from(task_logs.outerjoin(task_queue, task_queue.c.job_id == _log.job_id))
+    .order_by(_log.id)
+    .limit(bindparam("b_limit"))
+)
+_CHANGES_AFTER: Final = _CHANGES.where(_log.id > bindparam("b_after"))
+_RISING: Final = select(
+    _job.job_id,
+    _job.task_type,
+    _job.root_id,
+    _job.claimed_by,
+    _job.attempt,
+    _job.sequence,
+    _job.progress,
+    _job.stage,
+    _job.updated_at,
+).where(is_one_of(ACTIVE), _job.progress > 0)
+# A writer holds this lock from before it takes a number until after its rows can be seen.
+_WRITERS: Final = text(
+    "SELECT virtualtransaction FROM pg_locks WHERE relation = 'task_logs'::regclass AND mode = 'RowExclusiveLock'"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+
+class Relaying(Part):
+    """Reads for a relay, and its place in the log, which is kept with its duty."""
+
+    def relay_position(self, duty: str, lease: str) -> int | None:
+        """The id of the last log row that was told; None if the lease does not hold the duty.
+
+        At the very first time it is the last row that there is: what happened before is not told.
+        """
+        is_mine = (duties.c.name == duty) & (duties.c.holder == lease)
+        end = select(func.coalesce(func.max(_log.id), 0)).scalar_subquery()
+        with self._changing() as connection:
+            connection.execute(update(duties).where(is_mine, duties.c.position.is_(None)).values(position=end))
+            position: int | None = connection.execute(select(duties.c.position).where(is_mine)).scalar()
+            return position
+
+    def relay_reached(self, duty: str, lease: str, position: int) -> bool:
+        """Keep how far the log is told, never less than before; False if the lease does not hold the duty."""
+        further = case((duties.c.position > position, duties.c.position), else_=position)
+        moved = update(duties).where(duties.c.name == duty, duties.c.holder == lease).values(position=further)
+        with self._changing() as connection:
+            return connection.execute(moved).rowcount == 1
+
+    def changes(
+        self, after: int, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int
+    ) -> list[RowMapping]:
+        """Log rows after a position, and those that came to be seen in the `missing` ranges of ids, in order.
+
+        Rows of workers have no job_id. `result` is the JSON text of a completed job's result; empty, with
+        `is_truncated`, if it is longer than `result_bytes`.
+        """
+        bound = {"b_limit": limit, "b_result_bytes": result_bytes}
+        if not missing:
+            return self._rows(_CHANGES_AFTER, {**bound, "b_after": after})
+        ranges = [_log.id.between(first, last) for first, last in missing]
+        return self._rows(_CHANGES.where(or_(_log.id > after, *ranges)), bound)
+
+    def news(self) -> object:
+        """What differs from the last answer if something was committed since, at the price of a look at a file.
+
+        Commits within a few milliseconds of an answer may not show: look again after a change. None where it can't be
+        told.
+        """
+        path = self.database.path
+        if path is None:
+            return None
+        try:
+            status = os.stat(f"{path}-wal")  # noqa: PTH116 (called twenty times a second)
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def log_writers(self) -> frozenset[str]:
+        """The transactions that may have written log rows which can't be seen yet."""
+        with self._reading() as connection:
+            return frozenset(connection.execute(_WRITERS).scalars())
+
+    def rising(self) -> list[RowMapping]:
+        """The running jobs that have said how far they are."""
+        return self._rows(_RISING)

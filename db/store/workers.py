@@ -1,0 +1,129 @@
+"""Workers: their heartbeats, which show them, and their leases, which are the truth about who holds an attempt."""
+
+from collections.abc import Collection, Mapping
+from datetime import timedelta
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy import RowMapping, delete, exists, or_, select, update
+
+from db.models import duties, task_queue, worker_heartbeats, worker_leases
+from db.records import Heartbeat, Holder, Status, now
+from db.statements import ACTIVE, is_one_of
+from db.store.base import Part, log, text
+
+STOPPED: Final = "stopped"
+LOST: Final = "lost"
+GONE: Final = (STOPPED, LOST)
+IDENTITY: Final = "identity"
+
+
+class Workers(Part):
+    """Heartbeats, leases, and the duties that one worker at a time has."""
+
+    def heartbeat(self, beat: Heartbeat) -> None:
+        """Show a worker; its row is made at the first beat."""
+        values = {name: getattr(beat, name) for name in beat.__slots__} | {"last_heartbeat": now()}
+        values["capabilities"], values["current_tasks"] = list(beat.capabilities), list(beat.current_tasks)
+        values["reserved_tasks"] = list(beat.reserved_tasks)
+        values["strategy"] = text(beat.strategy, 255)
+        statement = self._insert(worker_heartbeats).values(values)
+        with self._changing() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["worker_id"], set_=values))
+
+    def log_worker(
+        self, worker_id: str | None, event: str, message: str, details: Mapping[str, Any] | None = None
+    ) -> None:
+        """A change that belongs to no job: a worker's start or stop, a message that could not be read."""
+        with self._changing() as connection:
+            log(connection, None, 0, event, worker_id, now(), message, details)
+
+    def workers(self, *, heard_within_s: float | None = None) -> list[RowMapping]:
+        """The worker_heartbeats rows; only those alive if `heard_within_s` is given."""
+        statement = select(worker_heartbeats).order_by(worker_heartbeats.c.worker_id)
+        if heard_within_s is not None:
+            since = now() - timedelta(seconds=heard_within_s)
+            statement = statement.where(
+                worker_heartbeats.c.last_heartbeat >= since, worker_heartbeats.c.status.not_in(GONE)
+            )
+        return self._rows(statement)
+
+    def worker_lost(self, worker_id: str, lease: str) -> None:
+        """Show that the worker of this lease has died, unless another one of its name has shown itself since."""
+        c = worker_heartbeats.c
+        with self._changing() as connection:
+            statement = update(worker_heartbeats).where(c.worker_id == worker_id, c.lease == lease, c.status != STOPPED)
+            connection.execute(statement.values(status=LOST, current_tasks=[], reserved_tasks=[]))
+
+    # Leases
+
+    def renew_lease(self, lease: str, worker_id: str, host_id: str) -> None:
+        """Say that the holder lives; its row is made at the first call."""
+        at = now()
+        statement = self._insert(worker_leases).values(lease=lease, worker_id=worker_id, host_id=host_id, renewed_at=at)
+        with self._changing() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["lease"], set_={"renewed_at": at}))
+
+    def holders(self, *, worker_id: str | None = None) -> list[Holder]:
+        """All leases whose rows are there, of the living and the dead; only those of one worker, if it is named."""
+        statement = select(worker_leases)
+        if worker_id is not None:
+            statement = statement.where(worker_leases.c.worker_id == worker_id)
+        return [Holder(**row) for row in self._rows(statement)]
+
+    def held_by(self, holder: Holder) -> list[RowMapping]:
+        """The rows whose running attempt this lease holds."""
+        c = task_queue.c
+        return self._rows(
+            select(task_queue).where(c.claimed_by == holder.worker_id, is_one_of(ACTIVE), c.lease == holder.lease)
+        )
+
+    def cancelled_of(self, job_ids: Collection[str]) -> set[str]:
+        """Which of these jobs are cancelled."""
+        c = task_queue.c
+        statement = select(c.job_id).where(c.job_id.in_(job_ids), c.status == Status.CANCELLED)
+        with self._reading() as connection:
+            return set(connection.execute(statement).scalars())
+
+    def forget_lease(self, lease: str) -> None:
+        """Remove a lease that is given back or dead, unless it still holds an attempt."""
+        holds = exists().where(
+            task_queue.c.claimed_by == worker_leases.c.worker_id, is_one_of(ACTIVE), task_queue.c.lease == lease
+        )
+        with self._changing() as connection:
+            connection.execute(delete(worker_leases).where(worker_leases.c.lease == lease, ~holds))
+
+    # Duties
+
+    def duty_holder(self, name: str) -> str | None:
+        """The lease of who has this duty."""
+        with self._reading() as connection:
+            return connection.execute(select(duties.c.holder).where(duties.c.name == name)).scalar()
+
+    def take_duty(self, name: str, lease: str, *, after: str | None) -> bool:
+        """Take over a duty from the holder `after`, who is dead or nobody; of several callers one gets it."""
+        values = {"holder": lease, "since": now()}
+        statement = (
+            self._insert(duties)
+            .values(name=name, **values)
+            .on_conflict_do_update(
+                index_elements=["name"],
+                set_=values,
+                where=or_(duties.c.holder.is_not_distinct_from(after), duties.c.holder == lease),
+            )
+            .returning(duties.c.holder)
+        )
+        with self._changing() as connection:
+            return connection.execute(statement).scalar() == lease
+
+    def leave_duty(self, name: str, lease: str) -> None:
+        with self._changing() as connection:
+            statement = update(duties).where(duties.c.name == name, duties.c.holder == lease)
+            connection.execute(statement.values(holder=None))
+
+    def identity(self) -> str:
+        """Names these tables, so that a connection can be recognised as one to them; kept among the duties."""
+        with self._writing("identity") as (connection, at, _):
+            new = self._insert(duties).values(name=IDENTITY, holder=uuid4().hex, since=at)
+            connection.execute(new.on_conflict_do_nothing(index_elements=["name"]))
+            return str(connection.execute(select(duties.c.holder).where(duties.c.name == IDENTITY)).scalar_one())
