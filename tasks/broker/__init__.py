@@ -6,8 +6,9 @@
 
 Four slashes begin an absolute path, three a relative one. Producers and workers name the same file. Transport options:
 
-- `queue_strategy`: claim order per queue, `{"image_resize": "LIFO", "*": "PRIORITY"}`; FIFO, LIFO or PRIORITY (the
-  default; higher numbers first). The key is computed when a message is put, so producers need the same setting.
+- `queue_strategy`: claim order per queue, `{"image_resize": "LIFO", "*": "PRIORITY"}`; FIFO, LIFO, PRIORITY (the
+  default; higher numbers first) or WEIGHTED_RANDOM (a message of priority 10 is ten times as likely to be next as one
+  of 1, so that nothing starves). The key is computed when a message is put, so producers need the same setting.
 - `poll_interval`: seconds between two looks of an idle consumer (1). They notice dead consumers and a replaced file;
   new messages are announced by datagram and do not wait for it.
 - `busy_timeout`: seconds to wait for another writer (5).

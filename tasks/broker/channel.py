@@ -13,6 +13,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.utils.json import dumps, loads
 from kombu.utils.uuid import uuid
 
+from tasks.broker.errors import BrokerUnavailable
 from tasks.broker.messages import Delivery, MessageStore
 
 _UNLIMITED = 100  # messages reserved at a time where no prefetch limit is set
@@ -81,6 +82,8 @@ class Channel(virtual.Channel):
 
     @property
     def _store(self) -> MessageStore:
+        if self.connection is None:  # kombu goes on with this channel after it has reconnected to declare something
+            raise BrokerUnavailable("this channel is closed, since its connection was lost")
         store: MessageStore = self.connection.store
         return store
 

@@ -30,7 +30,8 @@ _PRAGMAS = (
 _VERSION = "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master) FROM pragma_user_version"
 # Locks and shared memory do not work reliably there: sqlite.org/wal.html, sqlite.org/faq.html#q5
 _NETWORK_FILE_SYSTEMS = frozenset(
-    ["afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"]
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs"}
+    | {"nfs", "nfs4", "smb3", "smbfs"}
 )
 
 

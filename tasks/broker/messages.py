@@ -5,6 +5,7 @@ reserved (its owner is the name of a lease); an acknowledgement deletes it. Each
 the one that `transaction()` has begun.
 """
 
+import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ CREATE TABLE IF NOT EXISTS queues (
     owner TEXT,                            -- of an exclusive queue
     message_ttl_s REAL,
     expires_s REAL,                        -- the queue goes when it was unused for so long
+    virtual_time REAL NOT NULL DEFAULT 0,  -- of WEIGHTED_RANDOM: the order of the message that was claimed last
     used_at REAL NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 
@@ -92,12 +94,17 @@ SELECT owner FROM messages WHERE owner IS NOT NULL
 UNION SELECT owner FROM consumers UNION SELECT owner FROM queues WHERE owner IS NOT NULL
 """
 
-# A strategy turns a message's priority and the time into the two leading columns of the claim order: higher priority
-# first, then lower order, then lower id. It runs when the message is put, so claiming is one step in one index.
-STRATEGIES: Mapping[str, Callable[[int, float], tuple[int, float]]] = {
-    "FIFO": lambda _priority, _now: (0, 0.0),
-    "LIFO": lambda _priority, now: (0, -now),
-    "PRIORITY": lambda priority, _now: (priority, 0.0),
+# A strategy turns a message's priority, the time and the queue's virtual time into the two leading columns of the claim
+# order: higher priority first, then lower order, then lower id. It runs when the message is put, so claiming is one
+# step in one index. WEIGHTED_RANDOM draws with a probability in proportion to the priority: of exponential variables
+# with the rates w the smallest belongs to i with w_i / sum(w), and since they have no memory, those that came later may
+# start at the virtual time (Efraimidis and Spirakis, Weighted random sampling with a reservoir, IPL 97, 2006).
+Strategy = Callable[[int, float, float], tuple[int, float]]
+STRATEGIES: Mapping[str, Strategy] = {
+    "FIFO": lambda _priority, _now, _virtual: (0, 0.0),
+    "LIFO": lambda _priority, now, _virtual: (0, -now),
+    "PRIORITY": lambda priority, _now, _virtual: (priority, 0.0),
+    "WEIGHTED_RANDOM": lambda priority, _now, virtual: (0, virtual + random.expovariate(max(priority, 1))),
 }
 
 
@@ -154,11 +161,13 @@ class MessageStore:
         now = time.time()
         with self._database.transaction() as db:
             for queue in queues:
-                strategy = STRATEGIES[self._strategies.get(queue) or self._strategies["*"]]
-                row = db.execute("SELECT message_ttl_s FROM queues WHERE name = ?", (queue,)).fetchone()
-                ttls_s = [ttl for ttl in (ttl_s, row and row[0]) if ttl is not None]
+                strategy = STRATEGIES[self._strategy_of(queue)]
+                row = db.execute("SELECT message_ttl_s, virtual_time FROM queues WHERE name = ?", (queue,)).fetchone()
+                queue_ttl_s, virtual_time = row or (None, 0.0)
+                ttls_s = [ttl for ttl in (ttl_s, queue_ttl_s) if ttl is not None]
                 expires_at = now + min(ttls_s) if ttls_s else None
-                db.execute(_PUT, (queue, *strategy(priority, now), expires_at, correlation_id, envelope, body))
+                order = strategy(priority, now, virtual_time)
+                db.execute(_PUT, (queue, *order, expires_at, correlation_id, envelope, body))
             return self.consumers_of(queues)
 
     def ready(self, queues: Collection[str]) -> set[str]:
@@ -169,17 +178,23 @@ class MessageStore:
 
     def reserve(self, queue: str, owner: str, limit: int) -> list[Delivery]:
         """Give the next messages to an owner, until it acknowledges or requeues them, or dies."""
-        return self._next(_RESERVE, (owner, queue, time.time(), limit))
+        return self._next(queue, _RESERVE, (owner, queue, time.time(), limit))
 
     def take(self, queue: str, limit: int) -> list[Delivery]:
         """Remove and return the next messages: for consumers that never acknowledge."""
-        return self._next(_TAKE, (queue, time.time(), limit))
+        return self._next(queue, _TAKE, (queue, time.time(), limit))
 
-    def _next(self, statement: str, parameters: tuple[object, ...]) -> list[Delivery]:
+    def _next(self, queue: str, statement: str, parameters: tuple[object, ...]) -> list[Delivery]:
         with self._database.transaction() as db:
             rows = db.execute(statement, parameters).fetchall()
+            if rows and self._strategy_of(queue) == "WEIGHTED_RANDOM":
+                advance = "UPDATE queues SET virtual_time = max(virtual_time, ?) WHERE name = ?"
+                db.execute(advance, (max(row[1] for row in rows), queue))
         rows.sort(key=lambda row: (-row[0], row[1], row[2]))  # RETURNING promises no order
         return [Delivery(*row[2:]) for row in rows]
+
+    def _strategy_of(self, queue: str) -> str:
+        return self._strategies.get(queue) or self._strategies["*"]
 
     def ack(self, ids: Iterable[int], owner: str) -> None:
         """Delete what this owner has reserved; what is no longer its own stays untouched."""

@@ -38,6 +38,10 @@ class Transport(virtual.Transport):
     )
     connection_errors: tuple[type[BaseException], ...] = (*virtual.Transport.connection_errors, BrokerUnavailable)
 
+    # Without these two, kombu gives a publish up at the second error, however often it may try.
+    recoverable_connection_errors = connection_errors
+    recoverable_channel_errors: tuple[type[BaseException], ...] = ()
+
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)
         options = client.transport_options

@@ -253,3 +253,10 @@ def test_many_processes_that_open_a_new_file_at_once_all_succeed(broker_path):
     assert db.execute("SELECT ready FROM queues").fetchall() == [(8,)]
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     db.close()
+
+
+def test_broker_and_job_table_know_the_same_network_file_systems():
+    from db.sqlite import NETWORK_FILE_SYSTEMS
+    from tasks.broker.database import _NETWORK_FILE_SYSTEMS
+
+    assert _NETWORK_FILE_SYSTEMS == NETWORK_FILE_SYSTEMS

@@ -36,6 +36,35 @@ def test_each_strategy_has_its_claim_order(open_store, strategy, order):
     assert reserve_all(store) == order
 
 
+def test_weighted_random_draws_in_proportion_to_the_priority(open_store):
+    """Given as many messages of 1 as of 9, about nine of ten of the first half are of 9; and none starves."""
+    store = open_store(queue_strategy={"q": "WEIGHTED_RANDOM"})
+    for _ in range(1000):
+        store.put(["q"], "{}", "low", priority=1)
+        store.put(["q"], "{}", "high", priority=9)
+
+    first = [delivery.body for delivery in store.reserve("q", "me", 400)]
+
+    # 400 draws with p = 0.9 or a little less, as the high ones get fewer: six sigma are 36.
+    assert 310 <= first.count("high") <= 390
+    assert len(store.reserve("q", "me", 5000)) == 1600
+
+
+def test_weighted_random_gives_a_late_message_the_chance_that_its_priority_has(open_store):
+    """Given a queue of which half was claimed, a new message competes with the other half, neither first nor last."""
+    store = open_store(queue_strategy={"*": "WEIGHTED_RANDOM"})
+    places = []
+    for queue in map(str, range(40)):
+        for _ in range(100):
+            store.put([queue], "{}", "early", priority=5)
+        store.reserve(queue, "me", 50)
+        store.put([queue], "{}", "late", priority=5)
+        places.append([delivery.body for delivery in store.reserve(queue, "me", 100)].index("late"))
+
+    # Uniform on 0..50: the mean of 40 has a deviation of 2.3.
+    assert 12 < sum(places) / len(places) < 38
+
+
 def test_a_star_is_the_strategy_of_all_queues_that_are_not_named(open_store):
     store = open_store(queue_strategy={"named": "FIFO", "*": "LIFO"})
     put(store, "first", "second", queue="named")
