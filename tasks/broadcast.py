@@ -1,0 +1,113 @@
+"""What a worker says to others: two threads of its main process, which no job waits for.
+
+In: the worker's state and the log. Out: its capability and the events of jobs, through a sink. One thread shows the
+capability and asks no database; the other one relays the log, if this worker has that duty.
+"""
+
+import logging
+import threading
+import time
+from typing import Any, Final
+
+from celery import bootsteps
+from celery.worker import state
+from sqlalchemy.exc import SQLAlchemyError
+
+from tasks.mirror import slots
+from tasks.relay import Relay
+from tasks.sinks.mqtt import MqttSink
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S: Final = 0.1
+LOOK_EVERY_S_WHEN_IDLE: Final = 0.25
+AFTER_AN_ERROR_S: Final = 1.0
+LAST_EVENTS_WITHIN_S: Final = 1.0
+
+
+class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
+    """Started after the pool has forked and the upkeep has begun, stopped before it."""
+
+    requires = ("tasks.upkeep:Upkeep",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self._app: Final = worker.app
+        self._worker: Final = worker
+        self._has_begun = False
+        worker.broadcast = self
+
+    def start(self, worker: Any) -> None:
+        self._stopping = threading.Event()
+        self._look, self._poll = threading.Event(), threading.Event()
+        self._sink = MqttSink(self._app.settings, self._app.worker_id, (self._look, self._poll))
+        self._relay = Relay(self._app, self._sink, worker.upkeep.has_duty)
+        self._sink.start()
+        self._threads = [
+            threading.Thread(target=self._show, name="capability", daemon=True),
+            threading.Thread(target=self._tell, name="relay", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._look.set()
+        self._poll.set()
+        for thread in self._threads:
+            thread.join(timeout=2 * LAST_EVENTS_WITHIN_S)
+        self._sink.stop()
+
+    terminate = stop
+
+    def _show(self) -> None:
+        """Show the worker from when it consumes; what changes is seen within a quarter of a second."""
+        while not self._stopping.is_set():
+            self._look.clear()
+            try:
+                self._has_begun = self._has_begun or self._consumes()
+                if self._has_begun:
+                    self._show_now()
+            except Exception:
+                logger.exception("the worker's capability could not be shown; the next look follows")
+            self._look.wait(LOOK_EVERY_S if state.active_requests else LOOK_EVERY_S_WHEN_IDLE)
+
+    def _show_now(self) -> None:
+        """A worker that drains takes no job, however many of its slots are free."""
+        is_draining = self._worker.upkeep.is_draining
+        idle_count = 0 if is_draining else max(slots(self._worker) - len(state.active_requests), 0)
+        self._sink.show(sorted(self._app.amqp.queues.consume_from), idle_count, is_draining=is_draining)
+
+    def _consumes(self) -> bool:
+        return getattr(getattr(self._worker, "consumer", None), "task_consumer", None) is not None
+
+    def _tell(self) -> None:
+        """Relay, and at the end what was written until now."""
+        is_silent = False
+        while not self._stopping.is_set():
+            self._poll.clear()
+            try:
+                wait_s = self._relay.round()
+                is_silent = False
+            except SQLAlchemyError as exc:
+                wait_s = AFTER_AN_ERROR_S
+                if not is_silent:
+                    logger.warning("events are told later: %s", exc)
+                is_silent = True
+            except Exception:
+                wait_s = AFTER_AN_ERROR_S
+                logger.exception("a round of the relay failed; the next one follows")
+            self._poll.wait(wait_s)
+        self._tell_the_rest()
+
+    def _tell_the_rest(self) -> None:
+        deadline = time.monotonic() + LAST_EVENTS_WITHIN_S
+        try:
+            self._relay.round()
+            while self._sink.is_open and self._sink.unconfirmed and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self._relay.leave()
+        except SQLAlchemyError as exc:
+            logger.warning("the last events are told by another worker: %s", exc)

@@ -1,0 +1,272 @@
+"""The relay: tells a sink what the log says, in its order, at least once. In: committed task_logs rows. Out: events.
+
+One worker at a time has this duty. Its place in the log is kept with the duty and moves on only when the sink has
+confirmed what was told: while the sink is away the rows wait in the table, and after the death of a relay the next one
+goes on where it was. An event that comes twice comes later than all of its job's events before it, so a receiver that
+drops what is not above the last `sequence` of a job sees each change once, in order.
+
+How far running jobs are is told twice a second, unconfirmed.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from tasks.sinks import topics
+
+logger = logging.getLogger(__name__)
+
+DUTY: Final = "relay"
+POLL_S: Final = 0.05
+IDLE_S: Final = 1.0
+LOOK_AFTER_NEWS_S: Final = 0.1
+PROGRESS_EVERY_S: Final = 0.5
+LONGEST_RESULT_BYTES: Final = 64 * 1024
+LONGEST_MESSAGE: Final = 16 * 1024
+# What was told since the last time is told again after a relay's death.
+RECORD_EVERY_S: Final = 1.0
+MOST_GAPS: Final = 500
+NOT_RISEN: Final = (0, 0.0)
+ENDS: Final = ("completed", "failed", "cancelled")
+
+
+class Sink(Protocol):
+    """Who is told."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes events now."""
+
+    @property
+    def window(self) -> int:
+        """How many events may be unconfirmed."""
+
+    @property
+    def unconfirmed(self) -> int:
+        """How many are."""
+
+    def tell(self, events: Sequence[str]) -> None:
+        """Send events in order, to be confirmed."""
+
+    def mention(self, event: str) -> None:
+        """Send an event that nobody waits for."""
+
+
+class Relay:
+    """One worker's. Call `round` again and again, from one thread.
+
+    Args:
+        has_duty: Takes the duty, or finds that another living worker has it.
+    """
+
+    def __init__(self, app: Any, sink: Sink, has_duty: Callable[[str], bool]) -> None:
+        self._app: Final = app
+        self._sink: Final = sink
+        self._has_duty: Final = has_duty
+        self._look_at_duty = self._look_at_progress = self._look_until = self._look_anyway = 0.0
+        self._record_at = 0.0
+        self._news: object = None
+        self._log: LogReader | None = None
+        self._told: int | None = None
+        self._risen: dict[str, tuple[int, float]] = {}
+
+    def round(self) -> float:
+        """Tell what there is to tell; seconds until the next round, unless the sink confirms before."""
+        if not self._sink.is_open:
+            self.leave()
+            return IDLE_S
+        if self._sink.unconfirmed:
+            return POLL_S
+        if not self._keeps_duty():
+            return IDLE_S
+        self._record(at_once=False)
+        if self._log is None:
+            return IDLE_S
+        return self._tell(self._log) if self._has_news() else POLL_S
+
+    def leave(self) -> None:
+        """Let another worker have the duty."""
+        if self._log is None:
+            return
+        if not self._sink.unconfirmed:
+            self._record()
+        self._log = None
+        self._look_at_duty = 0.0
+        self._app.store.leave_duty(DUTY, self._app.lease)
+
+    def _keeps_duty(self) -> bool:
+        if self._log is not None and time.monotonic() < self._look_at_duty:
+            return True
+        if not self._has_duty(DUTY):
+            self._log = None
+            return False
+        self._look_at_duty = time.monotonic() + IDLE_S
+        if self._log is None:
+            self._record()
+            position = self._app.store.relay_position(DUTY, self._app.lease)
+            if position is None:
+                return False
+            logger.info("this worker tells the events of all jobs, from log row %d on", position + 1)
+            self._log = LogReader(self._app.store, position)
+            self._look_anyway = 0.0
+        return True
+
+    def _record(self, *, at_once: bool = True) -> None:
+        """Keep how far the sink has confirmed: once a second, since each time is a transaction."""
+        position, at = self._told, time.monotonic()
+        if position is None or (at < self._record_at and not at_once):
+            return
+        self._record_at = at + RECORD_EVERY_S
+        if not self._app.store.relay_reached(DUTY, self._app.lease, position):
+            self._log = None
+        self._told = None
+
+    def _has_news(self) -> bool:
+        """Whether to look into the tables: something was committed lately, or a second has passed."""
+        news, at = self._app.store.news(), time.monotonic()
+        if news is None or news != self._news:
+            self._news, self._look_until = news, at + LOOK_AFTER_NEWS_S
+        is_rising = self._risen and at >= self._look_at_progress
+        if at < self._look_until or at >= self._look_anyway or is_rising:
+            self._look_anyway = at + IDLE_S
+            return True
+        return False
+
+    def _tell(self, log: "LogReader") -> float:
+        rising: Sequence[Mapping[str, Any]] = ()
+        if time.monotonic() >= self._look_at_progress:
+            self._look_at_progress = time.monotonic() + PROGRESS_EVERY_S
+            rising = self._app.store.rising()
+            self._risen = {row["job_id"]: self._risen.get(row["job_id"], NOT_RISEN) for row in rising}
+        position = log.position
+        rows = log.read(self._sink.window)
+        self._sink.tell([event for row in rows if row["job_id"] is not None and (event := event_of(row))])
+        if log.position != position:
+            self._told = log.position
+        is_all = len(rows) < self._sink.window
+        if not is_all:
+            self._look_anyway = 0.0  # there is more, whether something new is committed or not
+        self._mention(rising if is_all else (), {row["job_id"]: row["sequence"] for row in rows})
+        return POLL_S if is_all else 0.0
+
+    def _mention(self, rising: Sequence[Mapping[str, Any]], sequences: Mapping[str, int]) -> None:
+        """Say how far jobs are, where that has risen and nothing newer was told."""
+        for row in rising:
+            job_id, now = row["job_id"], (row["attempt"], row["progress"])
+            if now > self._risen[job_id] and sequences.get(job_id, row["sequence"]) == row["sequence"]:
+                self._risen[job_id] = now
+                self._sink.mention(_progress(row))
+
+
+class LogReader:
+    """Reads the log from a position on.
+
+    Ids that are missing may still come to be seen: they are looked for until no transaction is left that could hold
+    them. `position` is the last id below which nothing can come.
+    """
+
+    def __init__(self, store: Any, position: int) -> None:
+        self._store: Final = store
+        self._top = position
+        self._missing: dict[tuple[int, int], frozenset[str]] = {}
+
+    @property
+    def position(self) -> int:
+        return min((first for first, _ in self._missing), default=self._top + 1) - 1
+
+    def read(self, limit: int) -> list[Mapping[str, Any]]:
+        """The next rows by id; rows that were missing come first."""
+        writers = self._store.log_writers() if self._missing else frozenset()
+        after = self._top if len(self._missing) < MOST_GAPS else 2**62
+        rows: list[Mapping[str, Any]] = self._store.changes(
+            after, list(self._missing), limit=limit, result_bytes=LONGEST_RESULT_BYTES
+        )
+        found = [row["id"] for row in rows]
+        is_all = len(rows) < limit
+        self._missing = {
+            gap: suspects
+            for whole, suspects in self._missing.items()
+            if not is_all or suspects & writers
+            for gap in _without(whole, found)
+        }
+        if found and found[-1] > self._top:
+            gaps = _without((self._top + 1, found[-1]), found)
+            if gaps and not self._store.database.is_sqlite:
+                self._missing |= dict.fromkeys(gaps, self._store.log_writers())
+            self._top = found[-1]
+        return rows
+
+
+def _without(whole: tuple[int, int], found: Sequence[int]) -> list[tuple[int, int]]:
+    """What is left of a range of ids."""
+    first, last = whole
+    left = []
+    for number in found:
+        if first <= number <= last:
+            if number > first:
+                left.append((first, number - 1))
+            first = number + 1
+    return [*left, (first, last)] if first <= last else left
+
+
+def event_of(row: Mapping[str, Any]) -> str | None:
+    """A log row as an event; None for one that is none."""
+    name = row["event_type"]
+    if name not in topics.EVENT_TYPES:
+        return None
+    try:
+        return topics.event(
+            topics.EVENT_TYPES[name],
+            row["job_id"],
+            _data(row),
+            status=topics.STATUS_AFTER[name],
+            progress=row["progress"] if name in ENDS and row["sequence"] == row["last_sequence"] else 0.0,
+            task_type=row["task_type"],
+            root_id=row["root_id"] or row["job_id"],
+            worker_id=row["worker_id"],
+            sequence=row["sequence"],
+            at=row["created_at"],
+        )
+    except Exception:
+        logger.exception("log row %d can't be told and is passed over", row["id"])
+        return None
+
+
+def _data(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    details = row["details"] or {}
+    match topics.EVENT_TYPES[row["event_type"]]:
+        case "completed":
+            if row["is_truncated"]:
+                return {"result": None, "is_truncated": True}
+            return {"result": row["result"] and json.loads(row["result"], parse_constant=lambda _: None)}
+        case "error":
+            return _failure(row)
+        case "retry":
+            due = {"retry_count": details.get("retry_count"), "run_after_utc": details.get("run_after_utc")}
+            return _failure(row) | due
+        case "lost":
+            return {"deaths": details.get("deaths"), "attempt": details.get("attempt")}
+    return {}
+
+
+def _failure(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Why, as the log has it: the job's row may have moved on."""
+    error_type, _, message = (row["message"] or "").partition(": ")
+    return {"error_type": error_type or None, "error_message": message[:LONGEST_MESSAGE]}
+
+
+def _progress(row: Mapping[str, Any]) -> str:
+    return topics.event(
+        "processing",
+        row["job_id"],
+        {"progress": row["progress"], "stage": row["stage"]},
+        status="running",
+        progress=row["progress"],
+        task_type=row["task_type"],
+        root_id=row["root_id"] or row["job_id"],
+        worker_id=row["claimed_by"],
+        sequence=row["sequence"],
+        at=row["updated_at"],
+    )

@@ -1,0 +1,48 @@
+"""A paho client as the settings want it: MQTT 5, credentials, TLS. It is not connected yet, and has no thread."""
+
+import ssl
+from typing import TYPE_CHECKING, Any
+
+from tasks.errors import SettingsError
+from tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from paho.mqtt.client import Client
+
+# A broker tells of a silent client after one and a half times this; measured: 7-9 s.
+KEEPALIVE_S = 5
+
+
+def new_client(settings: Settings, client_id: str, **options: Any) -> "Client":
+    """Make a client.
+
+    Raises:
+        SettingsError: A certificate, key or secret's file can't be used; the message names the variable.
+    """
+    from paho.mqtt.client import Client, MQTTv5
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    if settings.mqtt_unreadable is not None:
+        raise SettingsError(settings.mqtt_unreadable)
+    client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv5, **options)
+    if settings.mqtt_username is not None:
+        client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
+    if settings.mqtt_use_tls:
+        client.tls_set_context(_tls(settings))
+    client.reconnect_delay_set(min_delay=1, max_delay=30)
+    return client
+
+
+def _tls(settings: Settings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.mqtt_ca_cert)
+    except (OSError, ssl.SSLError) as exc:
+        raise SettingsError(f"MQTT_CA_CERT={settings.mqtt_ca_cert!r} can't be used: {exc}") from exc
+    if settings.mqtt_client_cert is not None:
+        try:
+            context.load_cert_chain(settings.mqtt_client_cert, settings.mqtt_client_key)
+        except (OSError, ssl.SSLError) as exc:
+            raise SettingsError(
+                f"MQTT_CLIENT_CERT={settings.mqtt_client_cert!r} with MQTT_CLIENT_KEY can't be used: {exc}"
+            ) from exc
+    return context

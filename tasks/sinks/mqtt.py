@@ -1,0 +1,256 @@
+"""One worker's connection to an MQTT broker, which is never in the way. In: its capability, events. Out: messages.
+
+No call blocks or raises for what the broker does, and nothing is kept for it while it is away, but for a window of
+events that it has not confirmed. Each outage is said once. Only a worker's main process has a connection: children let
+go of the one that they inherit. paho calls back with its own locks held, so nothing here calls paho with a lock held.
+"""
+
+import logging
+import math
+import os
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from threading import Event
+from typing import Any, Final
+
+from paho.mqtt.client import Client, MQTTMessageInfo
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from tasks.errors import SettingsError
+from tasks.settings import Settings
+from tasks.sinks import topics, trouble
+from tasks.sinks.client import KEEPALIVE_S, new_client
+
+logger = logging.getLogger(__name__)
+
+WINDOW: Final = 200
+LONGEST_WAIT_FOR_RECONNECT_S: Final = 5
+CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
+LAST_PORT: Final = 0xFFFF
+SESSION_TAKEN_OVER: Final = 0x8E
+TAKEN_OVER_SAID_EVERY_S: Final = 60.0
+
+Shown = tuple[tuple[str, ...], int, bool]
+
+
+class MqttSink:
+    """Publishes one worker's capability, retained, and events.
+
+    Args:
+        wakes: Are set when the connection comes back, and when all events that were told are confirmed.
+    """
+
+    def __init__(self, settings: Settings, worker_id: str, wakes: Sequence[Event] = ()) -> None:
+        self._settings: Final = settings
+        self._worker_id: Final = worker_id
+        self._wakes: Final = wakes
+        self._topic: Final = topics.capability_topic(settings.capability_topic_prefix, worker_id)
+        self._client: Client | None = None
+        self._is_open = self._is_away = self._is_refused = False
+        self._connections = 0
+        self._taken_over_said_at = -math.inf
+        self._window = WINDOW
+        self._told: Final = Awaited()
+        self._showing: Final = Awaited()
+        self._last_told = 0
+        self._shown: tuple[int, Shown] | None = None
+        self._show_again_at = 0.0
+        self._ended: Final = Event()
+
+    def start(self) -> None:
+        """Begin to connect. What makes that impossible is said, and leaves the worker without MQTT."""
+        try:
+            _check_address(self._settings)
+            client = new_client(self._settings, self._worker_id)
+        except SettingsError as exc:
+            self._warn(str(exc))
+            return
+        except (UnicodeError, OverflowError) as exc:
+            self._warn(trouble.unreachable(self._settings, exc))
+            return
+        client.will_set(self._topic, b"", qos=1, retain=True)
+        client.max_inflight_messages_set(2 * WINDOW)
+        client.max_queued_messages_set(2 * WINDOW)
+        client.reconnect_delay_set(min_delay=1, max_delay=LONGEST_WAIT_FOR_RECONNECT_S)
+        client.suppress_exceptions = True
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_publish = self._on_publish
+        client.connect_async(self._settings.mqtt_broker, self._settings.mqtt_port, keepalive=KEEPALIVE_S)
+        _clients.add(client)
+        self._client = client
+        client.loop_start()
+
+    # The sink of a relay
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
+    @property
+    def window(self) -> int:
+        return self._window
+
+    @property
+    def unconfirmed(self) -> int:
+        return self._told.count()
+
+    def tell(self, events: Sequence[str]) -> None:
+        if self._client is None:
+            return
+        for event in events:
+            self._last_told = self._told.add(self._client.publish(self._settings.mqtt_topic, event, qos=1))
+
+    def mention(self, event: str) -> None:
+        if self._client is not None and self._is_open:
+            self._client.publish(self._settings.mqtt_topic, event, qos=0)
+
+    # The worker's capability
+
+    def show(self, capabilities: Sequence[str], idle_count: int, *, is_draining: bool) -> None:
+        """Publish what the worker can do, if that is news, a heartbeat is due, or the connection is a new one.
+
+        One such message at a time is under way: paho repeats unconfirmed ones on a new connection, after the first
+        that is published there, and the last one to arrive is the one that stays.
+        """
+        if self._client is None or not self._is_open or self._showing.count():
+            return
+        news = self._connections, (tuple(capabilities), idle_count, is_draining)
+        if news == self._shown and time.monotonic() < self._show_again_at:
+            return
+        heartbeat_s = self._settings.mqtt_heartbeat_interval_s
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.MessageExpiryInterval = math.ceil(CAPABILITY_EXPIRES_AFTER_HEARTBEATS * heartbeat_s)
+        payload = topics.capability(self._worker_id, capabilities, idle_count, is_draining=is_draining)
+        self._showing.add(self._client.publish(self._topic, payload, qos=1, retain=True, properties=properties))
+        self._shown, self._show_again_at = news, time.monotonic() + heartbeat_s
+
+    def stop(self, timeout_s: float = 2.0) -> None:
+        """Say that the worker is gone, and disconnect."""
+        if self._client is None:
+            return
+        deadline = time.monotonic() + timeout_s
+        if self._is_open:
+            self._showing.add(self._client.publish(self._topic, b"", qos=1, retain=True))
+            while self._showing.count() and self._is_open and time.monotonic() < deadline:
+                time.sleep(0.01)
+        self._client.disconnect()
+        if self._is_open:
+            self._ended.wait(max(deadline - time.monotonic(), 0.1))
+
+    # What paho's thread says
+
+    def _on_connect(self, _client: Client, _data: Any, _flags: Any, code: Any, properties: Any) -> None:
+        if code.is_failure:
+            self._warn(trouble.refused(self._settings, code))
+            return
+        if self._is_away:
+            logger.info("the MQTT broker %s is back", trouble.address(self._settings))
+        self._is_away = False
+        self._window = max(min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW) - 1), 1)
+        self._connections += 1
+        self._is_open = True
+        self._wake()
+
+    def _on_connect_fail(self, _client: Client, _data: Any) -> None:
+        exc = sys.exc_info()[1]  # paho calls while it handles the error
+        self._warn(trouble.unreachable(self._settings, exc if isinstance(exc, Exception) else OSError()))
+
+    def _on_disconnect(self, _client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
+        was_open, self._is_open = self._is_open, False
+        self._ended.set()
+        if not code.is_failure:
+            return
+        if code.value == SESSION_TAKEN_OVER:
+            self._warn_of_namesake()
+        elif was_open:
+            self._warn(
+                f"the connection to the MQTT broker {trouble.address(self._settings)} is lost ({code}); "
+                "is what MQTT_BROKER and MQTT_PORT name still running?"
+            )
+        else:
+            self._warn(trouble.no_answer(self._settings))
+
+    def _on_publish(self, _client: Client, _data: Any, mid: int, code: Any, _properties: Any) -> None:
+        if code.is_failure and not self._is_refused:
+            self._is_refused = True
+            logger.warning(
+                "the MQTT broker %s refuses messages (%s); let %s write MQTT_TOPIC and below CAPABILITY_TOPIC_PREFIX",
+                trouble.address(self._settings),
+                code,
+                self._settings.mqtt_username or "anyone",
+            )
+        self._told.confirm(mid)
+        self._showing.confirm(mid)
+        if mid == self._last_told:
+            self._wake()
+
+    def _wake(self) -> None:
+        for event in self._wakes:
+            event.set()
+
+    def _warn(self, what: str) -> None:
+        """Say why there is no connection, once in an outage."""
+        if not self._is_away:
+            self._is_away = True
+            logger.warning("%s; jobs run on, their events are told later", what)
+
+    def _warn_of_namesake(self) -> None:
+        """Two clients of one name throw each other off once a second: this is no outage to be said each time."""
+        if time.monotonic() - self._taken_over_said_at > TAKEN_OVER_SAID_EVERY_S:
+            logger.warning(
+                "another MQTT client took the connection of WORKER_ID=%s; give each worker its own", self._worker_id
+            )
+        self._taken_over_said_at = time.monotonic()
+
+
+class Awaited:
+    """The numbers of messages that are not confirmed yet. One thread adds and counts, paho's confirms.
+
+    paho's own `MQTTMessageInfo` raises for ever for a message that had to wait for a connection.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: Final[set[int]] = set()
+        self._confirmed: Final[deque[int]] = deque()
+
+    def add(self, message: MQTTMessageInfo) -> int:
+        self._numbers.add(message.mid)
+        return message.mid
+
+    def confirm(self, number: int) -> None:
+        self._confirmed.append(number)
+
+    def count(self) -> int:
+        while self._confirmed:
+            self._numbers.discard(self._confirmed.popleft())
+        return len(self._numbers)
+
+
+def _check_address(settings: Settings) -> None:
+    """What would end paho's thread, since it is no OSError."""
+    settings.mqtt_broker.encode("idna")
+    if settings.mqtt_port > LAST_PORT:
+        raise OverflowError
+
+
+_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
+_inherited: Final[list[Client]] = []
+
+
+def _after_fork_in_child() -> None:
+    """Close the parent's socket here without a word to the broker, and let nothing touch the client again."""
+    for client in list(_clients):
+        _inherited.append(client)
+        connection: Any = client.socket()
+        if connection is not None and connection.fileno() >= 0:
+            os.close(connection.detach())
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
