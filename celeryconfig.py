@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks.settings import settings
+from tasks.settings import VISIBILITY_TIMEOUT_S, settings
 
 _settings = settings()
 
@@ -58,7 +58,10 @@ def _transport_options() -> dict[str, Any]:
         return {
             "priority_steps": list(range(10)),
             "queue_order_strategy": "priority",
-            "visibility_timeout": 6 * 3600,
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            # A server that is frozen blocks nobody for ever; longer than kombu waits for a message (1 s).
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
         }
     return {}
 

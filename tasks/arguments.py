@@ -6,6 +6,7 @@ paths, or bound to their names, or `InvalidArguments`. Nothing is opened.
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_type_hints
 
@@ -37,6 +38,8 @@ class Arguments:
         self.parameters: Final = self._signature.parameters
         hints = get_type_hints(function, include_extras=True)
         self.paths: Final = frozenset(name for name, hint in hints.items() if _PATH in get_args(hint))
+        self.inputs: Final = frozenset(name for name in self.paths if "input" in get_args(hints[name]))
+        self.outputs: Final = self.paths - self.inputs
 
     def absolute(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Make relative paths absolute against this process's directory.
@@ -54,6 +57,14 @@ class Arguments:
             {name: _absolute(value) if name in self.paths else value for name, value in kwargs.items()},
         )
 
+    def input_megabytes(self, parameters: Mapping[str, Any]) -> float:
+        """The size of the inputs that can be seen from here."""
+        total = 0
+        for name in self.inputs & parameters.keys():
+            with suppress(OSError, ValueError, TypeError):
+                total += Path(parameters[name]).stat().st_size
+        return total / 1e6
+
     def bind(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Bind a call, with each path as text: a job's result stands for the file that it wrote.
 
@@ -69,6 +80,12 @@ class Arguments:
             is_many = self.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
             bound.arguments[name] = tuple(_path(name, one) for one in value) if is_many else _path(name, value)
         return bound
+
+    def by_name(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a message by name, as far as they fit."""
+        with suppress(TypeError):
+            return named(self._signature.bind_partial(*args, **kwargs))
+        return dict(kwargs)
 
     def bind_absolute(self, args: Any, kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Bind a call at a worker, where a path must be absolute already.

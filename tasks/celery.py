@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from celery import Celery, signals
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.json import dumps, loads
 from kombu.utils.objects import cached_property
 from kombu.utils.uuid import uuid
@@ -26,6 +27,9 @@ class MediaTasks(Celery):
     """
 
     task_cls = "tasks.job:Job"
+    control_cls = "tasks.control:RecordedControl"
+    lease: str | None = None
+    """Names this worker's lease, in its main process and in its pool children; see `tasks.leases`."""
     _is_loaded = False
 
     @cached_property
@@ -48,6 +52,13 @@ class MediaTasks(Celery):
                 loads=loads,
             )
         )
+
+    @cached_property
+    def leases(self) -> Any:
+        """The `tasks.leases.Leases` of this host."""
+        from tasks.leases import Leases
+
+        return Leases(self)
 
     def _load_config(self) -> Any:
         """Celery's settings, once they are needed; a bad value stops a command with one line."""
@@ -96,29 +107,72 @@ class MediaTasks(Celery):
         return str(uuid())
 
     def is_recorded(self, name: str) -> bool:
-        """Whether jobs of this task have rows: all but Celery's own, unless MIRROR=off."""
-        return bool(self.settings.mirror) and not name.startswith(capabilities.OWN_PREFIX)
+        """Whether jobs of this task have rows here: all but Celery's own, unless MIRROR=off, or ENQUEUE=broker in a
+        producer.
+        """
+        is_on = self.settings.mirror and not self.is_without_database
+        return bool(is_on) and not name.startswith(capabilities.OWN_PREFIX)
 
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any) -> Any:
-        """As Celery's; the row is written first. See `tasks.enqueue.send` for what is raised."""
+        """As Celery's; the row is written first. See `tasks.enqueue.send` for what is raised.
+
+        More options: `unique_key` and `unique_for`, see the README.
+        """
         self.load_capabilities()
-        publish = super().send_task
         if positional or not self.is_recorded(name):
             if not name.startswith(capabilities.OWN_PREFIX):
-                options["queue"] = options.get("queue") or name
-                if (task := self.tasks.get(name)) is not None and self.current_worker_task is None:
-                    args, kwargs = task.arguments.absolute(args or (), kwargs or {})
-            return publish(name, args, kwargs, *positional, **options)
+                args, kwargs = self._prepare(name, args, kwargs, options)
+            return super().send_task(name, args, kwargs, *positional, **options)
         from tasks import enqueue
 
-        return enqueue.send(self, publish, name, args, kwargs, options)
+        return enqueue.send(self, name, args, kwargs, options)
+
+    @property
+    def is_without_database(self) -> bool:
+        """ENQUEUE=broker: a producer only has the broker; a worker always has the job table."""
+        return bool(self.settings.enqueue == "broker" and self.lease is None)
+
+    def publish(
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        *,
+        publication: int,
+        priority: int,
+        expires: str | None,
+        options: dict[str, Any],
+    ) -> None:
+        """Send the message of a row, now, with its number. A message never expires by itself: it would vanish unsaid;
+        a worker cancels the job by the header.
+        """
+        headers = {**(options.get("headers") or {}), "publication": publication, "expires": expires}
+        timeless = {key: value for key, value in options.items() if key not in ("eta", "countdown", "expires")}
+        super().send_task(
+            name, args, kwargs, **timeless | {"headers": headers, "priority": self.wire_priority(priority)}
+        )
+
+    def _prepare(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """What a job without a row needs: its queue, its priority as the broker has it, and absolute paths."""
+        from tasks.errors import InvalidArguments
+
+        if options.get("unique_key") is not None or options.get("unique_for") is not None:
+            raise InvalidArguments(f"{name}: unique jobs need the job table: ENQUEUE=strict or outbox, and MIRROR=on")
+        options["queue"] = options.get("queue") or name
+        if isinstance(options.get("priority"), int):
+            options["priority"] = self.wire_priority(options["priority"])
+        if (task := self.tasks.get(name)) is not None and self.current_worker_task is None:
+            args, kwargs = task.arguments.absolute(args or (), kwargs or {})
+            if self.settings.mirror:
+                task.checked(args, kwargs)
+        return args, kwargs
 
     def wire_priority(self, priority: int) -> int:
         """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first."""
         return 10 - priority if self.settings.broker_url.startswith("redis") else priority
 
     def live_workers(self) -> list[Any]:
-        """The heartbeat rows of workers heard of within three renewals and a lease."""
+        """The heartbeat rows of workers heard of within LEASE_TIMEOUT_S."""
         return list(self.store.workers(heard_within_s=self.settings.lease_timeout_s))
 
     def load_capabilities(self) -> None:
@@ -150,13 +204,17 @@ def on_import_modules(**_: Any) -> None:
 
 def on_celeryd_init(**_: Any) -> None:
     """A worker starts: what only workers need is loaded now."""
-    from tasks import logs, mirror
+    from tasks import logs
 
     logs.connect(app.settings.log_format)
-    mirror.connect(app)
+    if app.settings.mirror:
+        app.steps["worker"].add("tasks.upkeep:Upkeep")
+        if app.settings.broadcast_type == "mqtt":
+            app.steps["worker"].add("tasks.broadcast:Broadcast")
 
 
 tasks.broker.register()
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
 app = MediaTasks("media_tasks", set_as_current=False, config_source="celeryconfig")
 signals.import_modules.connect(on_import_modules, sender=app, dispatch_uid="media_tasks.import_modules", weak=False)
 signals.celeryd_init.connect(on_celeryd_init, dispatch_uid="media_tasks.celeryd_init", weak=False)

@@ -6,19 +6,25 @@ some such messages: of one without an id, say, again and again, since it is rede
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from celery.app.task import Context
+from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer
+from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Status
+from db.records import Status, now
 from tasks import capabilities
 from tasks.errors import PermanentError, UnknownTask
+from tasks.job import Job, job_of_request
 
 logger = logging.getLogger(__name__)
 
 LONGEST_NAME: Final = 255
+QUEUES_FREE_WITHIN_S: Final = 3.0
 
 
 class MalformedMessage(PermanentError):
@@ -28,6 +34,18 @@ class MalformedMessage(PermanentError):
 class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
     """Hands on what can be run, refuses the rest."""
 
+    def on_close(self) -> None:
+        """As Celery's. Its pool runs out of queues while a child dies together with the connection, for a moment."""
+        deadline = time.monotonic() + QUEUES_FREE_WITHIN_S
+        while True:
+            try:
+                super().on_close()
+                return
+            except StopIteration:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """The callback of each message: looked through first, since Celery trusts what it reads."""
         handle = super().create_task_handler(*args, **kwargs)
@@ -35,10 +53,31 @@ class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
         def on_task_received(message: Any) -> None:
             if fault := fault_in(message):
                 self._refuse(message, MalformedMessage(f"{fault}; the message was dropped"))
-            else:
+            elif not self._goes_to_rest(message):
                 handle(message)
 
         return on_task_received
+
+    def _goes_to_rest(self, message: Any) -> bool:
+        """Put a job that is due later into its row, where it needs no memory and no worker: another client sent it so,
+        or a producer without the database. A dispatcher publishes it when it is due.
+        """
+        eta = message.headers.get("eta")
+        task = self.app.tasks.get(message.headers.get("task") or "")
+        if not eta or not isinstance(task, Job) or not self.app.is_recorded(task.name):
+            return False
+        try:
+            due = maybe_iso8601(eta)
+            if due <= now():
+                return False
+            request = _request_of(message)
+            job = job_of_request(task, request, request.args, request.kwargs)
+            self.app.store.enqueue(replace(job, run_after_utc=due), is_resting=True)
+        except (TypeError, ValueError, SQLAlchemyError) as exc:
+            logger.warning("a job that is due later waits in memory: %s", exc)
+            return False
+        message.ack_log_error(logger, self.connection_errors)
+        return True
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:  # noqa: ARG002 (Celery's signature)
         name = message.headers.get("task") or message.payload["task"]
@@ -123,7 +162,9 @@ def _request_of(message: Any) -> Context:
         payload = None
     if "task" not in headers and isinstance(payload, Mapping):
         headers = dict(payload)
-    known: dict[str, Any] = {"delivery_info": message.delivery_info or {}, "args": [], "kwargs": {}}
+    priority = (message.properties or {}).get("priority")
+    delivery_info = {**(message.delivery_info or {}), "priority": priority}
+    known: dict[str, Any] = {"delivery_info": delivery_info, "args": [], "kwargs": {}}
     if fault_in(message) is None and isinstance(payload, list):
         known |= {"args": payload[0], "kwargs": payload[1], **(payload[2] or {})}
     for name in ("id", "task"):
@@ -131,6 +172,8 @@ def _request_of(message: Any) -> Context:
         is_usable = isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
         known[name] = value if is_usable else None
     known["task"] = known["task"] or "unknown"
+    as_they_are = ("group_index", "retries", "timelimit", "expires", "ignore_result")
+    known |= {name: headers[name] for name in as_they_are if headers.get(name) is not None}
     texts = ("root_id", "parent_id", "group")
     known |= {name: headers[name] for name in texts if isinstance(headers.get(name), str)}
     if isinstance(headers.get("publication"), int):

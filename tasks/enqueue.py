@@ -1,24 +1,25 @@
 """Enqueue: the row first, then the broker.
 
 In: a call of `send_task` (from `.delay()`, a retry, a chain, a chord, or by name). Out: a queued row with what is
-needed to publish it again, and one message that carries the row's publication. If the publish fails, the row is failed
+needed to publish it again, and one message that carries the row's publication; or, for what is due later and with
+ENQUEUE=outbox, a row that rests until a worker's dispatcher publishes it. If a strict publish fails, the row is failed
 before the error reaches the caller, so that a caller who tries again gets one job.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from celery.utils.time import maybe_iso8601
+from kombu.utils.json import dumps
 
-from db.records import NewJob, Publication, Status, now
+from db.records import PENDING, NewJob, Publication, Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
-from tasks.job import Job
+from tasks.job import PRIORITIES, PRIORITY_DEFAULT, Job, follows_up
 from tasks.results import describe, unsent
 
-PRIORITY_DEFAULT: Final = 5
-PRIORITIES: Final = range(1, 11)
 _NOT_KEPT: Final = (
     "producer",
     "publisher",
@@ -27,12 +28,12 @@ _NOT_KEPT: Final = (
     "result_cls",
     "task_type",
     "add_to_parent",
-    "headers",
 )
+_OWN_HEADERS: Final = ("publication", "expires")
 
 
-def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
-    """Write the row, then call `publish` (Celery's own `send_task`) with its publication in the headers.
+def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
+    """Write the row, then publish its message, or leave that to a dispatcher.
 
     A job id that is known already is not sent again, unless its job has failed or was cancelled (then it is replayed)
     or this is its own retry. Within a worker (the next step of a chain, say) nothing is raised for a job that can't
@@ -44,52 +45,93 @@ def send(app: Any, publish: Callable[..., Any], name: str, args: Any, kwargs: An
     """
     task = options.get("task_type") or app.tasks.get(name)
     current = app.current_worker_task
+    is_patient = current is not None or follows_up.get()
     args, kwargs = list(args or ()), dict(kwargs or {})
     task_id = options["task_id"] = options.get("task_id") or app.new_id()
-    if expires_at := _moment(options.get("expires")):
-        options["expires"] = expires_at.isoformat()
-    job = None
+    publication: Publication | None
     if current is not None and current.request.id == task_id:
         if not options.get("routing_key"):  # it replaces itself; a retry goes back to its own queue
             options["queue"] = _queue_of(app, task, name, options.get("queue"))
         publication = _requeue(app, current.request, name, options)
     else:
         try:
-            if current is None and isinstance(task, Job):
-                args, kwargs = task.arguments.absolute(args, kwargs)
-            options["queue"] = _queue_of(app, task, name, options.get("queue"))
-            job = _new_job(task, name, args, kwargs, options, current)
+            job = new_job(app, task, name, args, kwargs, options)
         except PermanentError as exc:
-            if current is None:
+            if not is_patient:
                 raise
             app.backend.mark_as_failure(task_id, exc, request=unsent(name, args, kwargs, options))
             return app.AsyncResult(task_id)
-        publication = _enqueue(app, job, is_patient=current is not None)
-    if publication is None:
-        return app.AsyncResult(task_id)
-    options["headers"] = {**(options.get("headers") or {}), "publication": publication.number}
-    # For the worker, which cancels it. Celery would give the message a time to live as well: it would vanish unsaid.
-    options["headers"]["expires"] = options.get("expires")
-    options["expires"] = None
-    options["priority"] = app.wire_priority(publication.priority)
-    try:
-        return publish(name, args, kwargs, **options)
-    except Exception as exc:
-        if job is not None:
-            app.store.end(job, Status.FAILED, describe(exc), publication=publication.number)
-        raise
+        args, kwargs = job.message["args"], job.message["kwargs"]  # type: ignore[index]
+        task_id, publication = _enqueue(app, job, is_patient=is_patient)
+    if publication is not None and not publication.is_resting:
+        _publish(app, name, args, kwargs, options, publication, is_patient=is_patient)
+    return app.AsyncResult(task_id)
 
 
-def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> Publication | None:
-    """A job of a producer, which is told of a database that doesn't answer; or one of a worker: a step of a chain, say,
-    whose predecessor has succeeded and must not fail for it. A worker may send one twice, so it replays none.
+def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: dict[str, Any]) -> NewJob:
+    """The row of a job as it is submitted, checked; `options` gets what follows from it.
+
+    Raises:
+        UnknownTask, UnknownQueue, InvalidArguments: As `send`.
     """
-    publication: Publication | None
-    if is_patient:
-        publication = app.patiently(lambda: app.store.enqueue(job))
-    else:
-        publication = app.store.enqueue(job) or app.store.replay(job.job_id)
-    return publication
+    parent = app.current_worker_task
+    request = parent.request if parent is not None else None
+    if parent is None and isinstance(task, Job):
+        args, kwargs = task.arguments.absolute(args, kwargs)
+    options["queue"] = _queue_of(app, task, name, options.get("queue"))
+    unique_key, unique_until = _uniqueness(name, args, kwargs, options)
+    run_after_utc = _due(options)
+    expires_at = options["expires"] = _moment(options.get("expires"))  # row and message say the same
+    has_sequel = any(options.get(what) for what in ("chain", "chord", "link_error"))
+    return NewJob(
+        job_id=options["task_id"],
+        task_type=name,
+        queue=options["queue"],
+        parameters=task.checked(args, kwargs) if isinstance(task, Job) else {"args": args, **kwargs},
+        priority=_priority(name, options.get("priority")),
+        max_retries=getattr(task, "max_retries", None),
+        retry_count=options.get("retries") or 0,
+        run_after_utc=run_after_utc,
+        expires_at=expires_at,
+        root_id=options.get("root_id") or (request and (request.root_id or request.id)) or options["task_id"],
+        parent_id=options.get("parent_id") or (request and request.id),
+        group_id=options.get("group_id"),
+        group_index=options.get("group_index"),
+        in_chord=options.get("chord") is not None,
+        sequel=PENDING if has_sequel else None,
+        unique_key=unique_key,
+        unique_until=unique_until,
+        message={"args": args, "kwargs": kwargs, "options": _kept(options)},
+    )
+
+
+def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is needed to publish the message again."""
+    kept = {key: value for key, value in options.items() if key not in _NOT_KEPT and value is not None}
+    if headers := kept.pop("headers", None):
+        kept["headers"] = {key: value for key, value in headers.items() if key not in _OWN_HEADERS}
+    return kept
+
+
+def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> tuple[str, Publication | None]:
+    """A job of a producer, which is told of a database that doesn't answer; or one of a worker: a step of a chain, say,
+    whose predecessor has succeeded and must not fail for it. A worker may send one twice, so it replays only what has
+    failed without ever being sent: a step that failed with its predecessor, which was replayed.
+    """
+    store = app.store
+    is_told = follows_up.get() and app.current_worker_task is None  # no pool child: the dispatcher sends it
+    is_resting = is_told or app.settings.enqueue == "outbox" or job.run_after_utc is not None
+    if job.unique_key is not None:
+        unique: tuple[str, Publication | None] = store.enqueue_unique(job, is_resting=is_resting)
+        return unique
+
+    def enqueued() -> Publication | None:
+        publication: Publication | None = store.enqueue(job, is_resting=is_resting) or store.replay(
+            job.job_id, job=job, is_resting=is_resting, only_unsent=is_patient
+        )
+        return publication
+
+    return job.job_id, app.patiently(enqueued) if is_patient else enqueued()
 
 
 def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> Publication | None:
@@ -110,31 +152,38 @@ def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> P
     return result
 
 
-def _new_job(
-    task: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any], parent: Any
-) -> NewJob:
-    request = parent.request if parent is not None else None
-    return NewJob(
-        job_id=options["task_id"],
-        task_type=name,
-        queue=options["queue"],
-        parameters=task.checked(args, kwargs) if isinstance(task, Job) else {"args": args, **kwargs},
-        priority=_priority(name, options.get("priority")),
-        max_retries=getattr(task, "max_retries", None),
-        retry_count=options.get("retries") or 0,
-        run_after_utc=_due(options),
-        expires_at=_moment(options.get("expires")),
-        root_id=options.get("root_id") or (request and (request.root_id or request.id)) or options["task_id"],
-        parent_id=options.get("parent_id") or (request and request.id),
-        group_id=options.get("group_id"),
-        group_index=options.get("group_index"),
-        in_chord=options.get("chord") is not None,
-        message={
-            "args": args,
-            "kwargs": kwargs,
-            "options": {key: value for key, value in options.items() if key not in _NOT_KEPT and value is not None},
-        },
-    )
+def _publish(
+    app: Any,
+    name: str,
+    args: list[Any],
+    kwargs: dict[str, Any],
+    options: dict[str, Any],
+    publication: Publication,
+    *,
+    is_patient: bool,
+) -> None:
+    """Send the message of a row. If the broker doesn't take it, a worker's job rests until it does; a producer is told,
+    and its job failed.
+    """
+    expires_at = options.pop("expires", None)
+    try:
+        app.publish(
+            name,
+            args,
+            kwargs,
+            publication=publication.number,
+            priority=publication.priority,
+            expires=expires_at.isoformat() if expires_at is not None else None,
+            options=options,
+        )
+    except Exception as exc:
+        task_id = options["task_id"]
+        if is_patient:
+            app.patiently(lambda: app.store.rest(task_id, publication.number))
+            return
+        job = NewJob(job_id=task_id, task_type=name, queue=name, parameters={})
+        app.store.end(job, Status.FAILED, describe(exc), publication=publication.number)
+        raise
 
 
 def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:
@@ -160,8 +209,52 @@ def _priority(name: str, priority: Any) -> int:
     return priority
 
 
+def _uniqueness(
+    name: str, args: list[Any], kwargs: Mapping[str, Any], options: dict[str, Any]
+) -> tuple[str | None, datetime | None]:
+    """The key under which only one job may live, and until when."""
+    key, for_s = options.pop("unique_key", None), options.pop("unique_for", None)
+    if any(True for step in _canvas_of(options) if _is_unique(step)):
+        raise InvalidArguments(f"{name}: a step of a canvas can't be unique; submit that job by itself")
+    if key is None and for_s is None:
+        return None, None
+    if any(options.get(what) for what in ("chain", "chord", "group_id", "root_id", "parent_id")):
+        raise InvalidArguments(f"{name}: unique_key and unique_for can't be used inside a canvas; submit it by itself")
+    if for_s is not None and not (isinstance(for_s, (int, float)) and 0 < for_s < float("inf")):
+        raise InvalidArguments(f"{name}: unique_for={for_s!r} must be a number of seconds above 0")
+    if key is None:
+        text = dumps([name, args, kwargs], sort_keys=True)
+        key = f"{name}:{hashlib.sha256(text.encode()).hexdigest()}"
+    elif not isinstance(key, str) or not 0 < len(key) <= 255:
+        raise InvalidArguments(f"{name}: unique_key={key!r:.80} must be a text of 1 to 255 characters")
+    return key, now() + timedelta(seconds=for_s) if for_s is not None else None
+
+
+def _canvas_of(options: Mapping[str, Any]) -> Iterator[Any]:
+    """The signatures that a job's options hold: what follows it."""
+    for what in ("chain", "chord", "link", "link_error"):
+        value = options.get(what)
+        yield from value if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def _is_unique(step: Any) -> bool:
+    if not isinstance(step, Mapping):
+        return False
+    options, kwargs = step.get("options") or {}, step.get("kwargs") or {}
+    if options.get("unique_key") is not None or options.get("unique_for") is not None:
+        return True
+    nested = [*(kwargs.get("tasks") or []), kwargs.get("body"), *_as_list(kwargs.get("header"))]
+    return any(_is_unique(inner) for inner in nested if inner)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def _due(options: Mapping[str, Any]) -> datetime | None:
-    return _moment(options.get("eta") or options.get("countdown"))
+    """When it may run; None for at once: whatever is due later rests in its row, not in a worker's memory."""
+    due = _moment(options.get("eta") or options.get("countdown"))
+    return due if due is not None and due > now() else None
 
 
 def _moment(value: Any) -> datetime | None:

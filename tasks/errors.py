@@ -34,6 +34,18 @@ class UnknownQueue(PermanentError):
     """No worker serves this queue and no capability has its name."""
 
 
+class UnknownJob(PermanentError):
+    """No job has this id."""
+
+
+class ResultsNotRead(PermanentError):
+    """This process has no job database (ENQUEUE=broker), and so no results."""
+
+
+class OutOfMemory(PermanentError):
+    """The body asked for more memory than there is; another attempt would do the same."""
+
+
 class InputMissing(PermanentError):
     """The input does not exist, or is no regular file."""
 
@@ -58,6 +70,10 @@ class OutputNotWritable(PermanentError):
     """The output can't be created: permission, a directory in its place, a read-only file system."""
 
 
+class JobTimeout(PermanentError):
+    """The job ran longer than its time limit; the message names the limit."""
+
+
 class WorkerLost(PermanentError):
     """The job was running on too many workers that died; see MAX_DEATHS."""
 
@@ -72,3 +88,14 @@ class DatabaseNotReady(PermanentError):
 
 class DiskFull(TransientError):
     """No space left (ENOSPC, EDQUOT) while writing an output; the message names the path."""
+
+
+class RateLimited(TransientError):
+    """A server asked to be left alone; `retry_after_s` says for how long, if it did."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])

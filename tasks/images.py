@@ -14,7 +14,15 @@ from tasks.errors import PathNotAllowed
 from tasks.job import Job
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions
 
-_IMAGE: dict[str, Any] = {"bind": True, "requires": ("pyvips",), "extra": "image"}
+# The body is one call into libvips, which no soft limit can interrupt. An AVIF of 150 Mpx takes a slow machine minutes;
+# what takes half an hour, or as many seconds more as its input has megabytes, hangs.
+_IMAGE: dict[str, Any] = {
+    "bind": True,
+    "requires": ("pyvips",),
+    "extra": "image",
+    "time_limit": 1800.0,
+    "seconds_per_megabyte": 1.0,
+}
 
 
 def _resize_options(input: str, output: str, **arguments: Any) -> ResizeOptions:

@@ -6,28 +6,37 @@ effect. Arguments are made absolute and checked where a job is submitted, and pa
 """
 
 import logging
-import random
 import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Final
 
 from celery import Task
 from celery.canvas import Signature
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.utils.time import maybe_iso8601
 
-from db.records import Claim, Decision, NewJob
+from db.records import PENDING, Claim, Decision, NewJob
+from tasks import remedy
 from tasks.arguments import Arguments, named
-from tasks.errors import AttemptLost, InvalidArguments, MediaTasksError, TransientError, WorkerLost
+from tasks.errors import AttemptLost, InvalidArguments, JobTimeout, MediaTasksError, OutOfMemory, WorkerLost
+from tasks.leftovers import remove_temp_files
 
 logger = logging.getLogger(__name__)
 
+PRIORITY_DEFAULT: Final = 5
+PRIORITIES: Final = range(1, 11)
 _UNSAFE: Final = re.compile(r"[^\w.-]")
 PROGRESS_INTERVAL_S: Final = 0.5
-RETRY_FIRST_S: Final = 2.0
-RETRY_LONGEST_S: Final = 600.0
+# Redis hands a message to anyone once its visibility timeout is over, whether its holder lives or not.
+_REDELIVERED_AFTER_LOSS_ONLY: Final = ("sqlite", "amqp", "pyamqp", "amqps")
+
+follows_up: Final[ContextVar[bool]] = ContextVar("follows_up", default=False)
+"""Whether what is submitted follows from the end of another job, and so may be submitted twice."""
 
 
 class Job(Task):
@@ -42,6 +51,8 @@ class Job(Task):
             `InvalidArguments`.
         requires: Modules that the body imports; a worker without them does not serve this capability.
         extra: The extra of this distribution that installs them, for the message.
+        retry_on_timeout: Whether a time limit is an error that may pass.
+        seconds_per_megabyte: Added to `soft_time_limit` and `time_limit` for each megabyte of the inputs.
     """
 
     abstract = True
@@ -49,17 +60,24 @@ class Job(Task):
     validate: Callable[..., Any] | None = None
     requires: tuple[str, ...] = ()
     extra: str = ""
+    retry_on_timeout: bool = False
+    seconds_per_megabyte: float = 0.0
+    Request = "tasks.request:JobRequest"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Claim the job, run the body, and turn a transient error into a retry."""
         if self.request.called_directly or not self.app.is_recorded(self.name):
             return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
-        self._claim(args, kwargs)
+        try:
+            self._claim(args, kwargs)
+        except SoftTimeLimitExceeded as exc:  # while it waited for the database: the job has not begun
+            raise Reject(str(exc), requeue=True) from exc
         try:
             bound = self.arguments.bind_absolute(args, kwargs)
-            return self.run(*bound.args, **bound.kwargs)
-        except TransientError as exc:
-            raise self.retry(exc=exc, countdown=retry_delay_s(self.request.retries)) from exc
+            result = self.run(*bound.args, **bound.kwargs)
+            if self.request.chain or self.request.callbacks:
+                self.confirm()  # Celery sends what follows before the completion is written
+            return result
         except AttemptLost as exc:
             logger.warning("%s[%s]: %s", self.name, self.request.id, exc)
             raise Ignore(str(exc)) from exc
@@ -67,9 +85,26 @@ class Job(Task):
             if self._owns():  # it has neither replaced itself nor lost its job: nobody else ends the row
                 self.backend.mark_as_revoked(self.request.id, f"ignored: {exc}", request=self.request)
             raise
+        except (Retry, Reject):
+            raise
+        except SoftTimeLimitExceeded as exc:
+            error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
+            if not self.retry_on_timeout or self.request.is_eager:
+                raise error from exc
+            raise self.retry(exc=error, countdown=remedy.delay_s(error, self.request.retries)) from exc
+        except MemoryError as exc:  # Celery's main process would take it for its own
+            raise OutOfMemory(f"{self.name} ran out of memory; give it a smaller input, or the worker more") from exc
+        except Exception as exc:
+            if self.request.is_eager or not remedy.is_transient(exc):
+                raise
+            raise self.retry(exc=exc, countdown=remedy.delay_s(exc, self.request.retries)) from exc
 
     def progress(self, percent: float, stage: str | None = None) -> None:
-        """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write."""
+        """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write.
+
+        Raises:
+            AttemptLost: The job was cancelled, or another attempt has taken over.
+        """
         request = self.request
         if percent >= 100.0 or request.called_directly or not self.app.is_recorded(self.name):
             return
@@ -77,7 +112,12 @@ class Job(Task):
         if at - (request.get("progress_at") or request.get("claimed_at") or 0.0) < PROGRESS_INTERVAL_S:
             return
         request.progress_at = at
-        self.app.store.progress(request.id, request.attempt, percent=min(max(percent, 0.0), 100.0), stage=stage)
+        from db.errors import DatabaseUnavailable  # a producer loads no SQLAlchemy
+
+        with suppress(DatabaseUnavailable):  # the next one says more
+            percent = min(max(percent, 0.0), 100.0)
+            if not self.app.store.progress(request.id, request.attempt, percent=percent, stage=stage):
+                raise AttemptLost(f"attempt {request.attempt} no longer owns the job; it stops here")
 
     def confirm(self) -> None:
         """The fencing check, to be called when an output is complete and before it becomes visible.
@@ -94,12 +134,34 @@ class Job(Task):
     def _owns(self) -> bool:
         return bool(self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt)))
 
+    def limits(self, parameters: Mapping[str, Any]) -> tuple[float | None, float | None]:
+        """The soft and the hard time limit, seconds: those of the task, and more for larger inputs."""
+        more_s = (
+            self.seconds_per_megabyte * self.arguments.input_megabytes(parameters) if self.seconds_per_megabyte else 0
+        )
+        soft, hard = self.soft_time_limit, self.time_limit
+        return (soft + more_s if soft else None), (hard + more_s if hard else None)
+
+    def _limits(self) -> tuple[float | None, float | None]:
+        """Those in force now: the message's own, else the task's."""
+        hard, soft = self.request.timelimit or (None, None)
+        own = self.limits(_parameters(self, self.request.args or (), self.request.kwargs or {}))
+        return soft or own[0], hard or own[1]
+
+    def timeout_message(self, kind: str, limit_s: float | None) -> str:
+        """What a job says that ran for too long."""
+        name = "soft_time_limit" if kind == "soft" else "time_limit"
+        return (
+            f"{self.name} ran longer than its {kind} time limit of {limit_s or 0:g} s; give it a smaller input, "
+            f"or more time: apply_async(..., {name}=...)"
+        )
+
     @property
     def token(self) -> str | None:
         """Names the temp files of this attempt, so that they can be found when it is dead; None outside of a job."""
         request = self.request
         attempt = request.get("attempt")
-        return f"{_UNSAFE.sub('_', str(request.id))}.{attempt}" if attempt else None
+        return token_of(request.id, attempt) if attempt else None
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
         """As Celery's; the error that led to it is kept for the row."""
@@ -134,28 +196,30 @@ class Job(Task):
 
     def _claim(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
-        request, settings = self.request, self.app.settings
-        job = job_of_request(self, request, args, kwargs)
-        claim: Claim = self.app.patiently(
-            lambda: self.app.store.claim(
-                job,
+        request, app = self.request, self.app
+        redelivered = bool((request.delivery_info or {}).get("redelivered"))
+        claim: Claim = app.patiently(
+            lambda: app.store.claim(
+                lambda: job_of_request(self, request, args, kwargs),
+                job_id=request.id,
                 publication=request.get("publication") or 1,
-                worker_id=self.app.worker_id,
-                is_redelivered=bool((request.delivery_info or {}).get("redelivered")),
-                holder_timeout_s=settings.lease_timeout_s,
-                max_deaths=settings.max_deaths,
+                worker_id=app.worker_id,
+                lease=None if request.is_eager else app.lease,
+                is_loss=redelivered and app.settings.broker_url.startswith(_REDELIVERED_AFTER_LOSS_ONLY),
+                judge=app.leases.judge,
+                max_deaths=app.settings.max_deaths,
             )
         )
         if claim.decision in (Decision.RUN, Decision.POISON):
             request.attempt = claim.attempt
             request.claimed_at = time.monotonic()
+            if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
+                remove_temp_files(self, (args, kwargs), token_of(request.id, "*"))
         if claim.decision is Decision.POISON:
-            raise WorkerLost(
-                f"{claim.deaths} workers died while running this job (MAX_DEATHS={settings.max_deaths}); "
-                "look at its input, then replay it"
-            )
+            raise poisoned(claim.deaths, app.settings.max_deaths)
         if claim.decision is Decision.COMPLETED and request.chord:
             self.backend.on_chord_part_return(request, "SUCCESS", None, is_again=True)
+            app.store.settle(request.id)
         if claim.decision is not Decision.RUN:
             held = f" by {claim.holder}" if claim.holder else ""
             logger.info("%s[%s] not run: %s%s", self.name, request.id, claim.decision.value, held)
@@ -163,22 +227,65 @@ class Job(Task):
 
 
 def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
-    """The row of a message that has none: what can be told from the message itself."""
+    """The row of a message that has none: what can be told from the message itself, enough to publish it again."""
     delivery = request.delivery_info or {}
     name = getattr(task, "name", None) or getattr(request, "task", None) or "unknown"
+    queue = delivery.get("routing_key") or name
+    options = {
+        "queue": queue,
+        "task_id": request.id,
+        "root_id": request.root_id,
+        "parent_id": request.parent_id,
+        "group_id": request.group,
+        "group_index": request.group_index,
+        "chord": request.chord,
+        "chain": request.chain,
+        "link": request.callbacks,
+        "link_error": request.errbacks,
+        "reply_to": request.reply_to,
+        "ignore_result": request.ignore_result,
+    }
+    limits = request.timelimit or (None, None)
+    options |= {"time_limit": limits[0], "soft_time_limit": limits[1]}
     return NewJob(
         job_id=request.id,
         task_type=name,
-        queue=delivery.get("routing_key") or name,
+        queue=queue,
         parameters=_parameters(task, args, kwargs),
+        priority=_priority(task, delivery.get("priority")),
         max_retries=getattr(task, "max_retries", None),
         retry_count=request.retries or 0,
+        expires_at=_moment(request.expires),
         root_id=request.root_id,
         parent_id=request.parent_id,
         group_id=request.group,
         group_index=request.group_index,
         in_chord=bool(request.chord),
+        sequel=PENDING if request.chord or request.chain or request.errbacks else None,
+        message={
+            "args": list(args),
+            "kwargs": dict(kwargs),
+            "options": {name: value for name, value in options.items() if value is not None},
+        },
     )
+
+
+def _priority(task: Any, on_the_wire: Any) -> int:
+    """The row's priority of a message; 5 if it has none that a row can have."""
+    app = getattr(task, "app", None)
+    if not isinstance(on_the_wire, int) or app is None:
+        return PRIORITY_DEFAULT
+    priority = app.wire_priority(on_the_wire)  # its own inverse
+    return priority if priority in PRIORITIES else PRIORITY_DEFAULT
+
+
+def _moment(value: Any) -> datetime | None:
+    """A header's time, if it is one."""
+    with suppress(ValueError, TypeError):
+        moment = maybe_iso8601(value) if isinstance(value, str) else value
+        if isinstance(moment, datetime):
+            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return None
 
 
 def _parameters(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +296,13 @@ def _parameters(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, An
     return {"args": list(args), **kwargs}
 
 
-def retry_delay_s(retries: int) -> float:
-    """Exponential backoff 2, 4, 8 ... 600 s with a jitter of a quarter around it, so that it never comes at once."""
-    return min(RETRY_FIRST_S * 2.0**retries, RETRY_LONGEST_S) * random.uniform(0.75, 1.25)  # noqa: S311 (no secret)
+def token_of(job_id: str, attempt: int | str) -> str:
+    """Names the temp files of an attempt; `*` stands for all attempts."""
+    return f"{_UNSAFE.sub('_', str(job_id))}.{attempt}"
+
+
+def poisoned(deaths: int, max_deaths: int) -> WorkerLost:
+    """The error of a job that was running whenever its workers died."""
+    return WorkerLost(
+        f"{deaths} workers died while running this job (MAX_DEATHS={max_deaths}); look at its input, then replay it"
+    )

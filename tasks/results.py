@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from traceback import format_exception
 from typing import Any, Final
 
@@ -16,12 +16,12 @@ from celery import states
 from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
-from celery.exceptions import ChordError, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
+from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
 from celery.utils.functional import maybe_list
 
 from db.records import Failure, NewJob, Status
-from tasks.errors import PermanentError
-from tasks.job import job_of_request
+from tasks.errors import PermanentError, ResultsNotRead
+from tasks.job import follows_up, job_of_request
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,20 @@ class JobBackend(BaseBackend):
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
         self.encode(result)  # what is no JSON fails the job as the tracer expects it, with an EncodeError
-        if attempt is not None and not self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result)):
+        if attempt is not None and not self._completed(task_id, attempt, result):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return
         if request and request.chord:
             self.on_chord_part_return(request, state, result)
+            self.app.patiently(lambda: self.app.store.settle(task_id))
+
+    def _completed(self, task_id: str, attempt: int, result: Any) -> bool:
+        """Write it, however long the database takes: a soft time limit that strikes now comes after the work."""
+        while True:
+            try:
+                return bool(self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result)))
+            except SoftTimeLimitExceeded:
+                logger.warning("%s: its soft time limit struck while its completion was written", task_id)
 
     def mark_as_failure(
         self,
@@ -71,9 +80,11 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Fail the row; then its chord, the rest of its chain, and its errbacks, unless the write came too late."""
         if self._end(task_id, exc, Status.FAILED, traceback, request):
-            super().mark_as_failure(
-                task_id, exc, traceback, request, store_result=True, call_errbacks=call_errbacks, state=state
-            )
+            with _following_up():
+                super().mark_as_failure(
+                    task_id, exc, traceback, request, store_result=True, call_errbacks=call_errbacks, state=state
+                )
+            self._settle(task_id, request)
 
     def mark_as_revoked(
         self,
@@ -83,10 +94,39 @@ class JobBackend(BaseBackend):
         store_result: bool = True,
         state: str = states.REVOKED,
     ) -> None:
-        """Cancel the row: revoked or expired before it ran, or terminated while it ran."""
+        """Cancel the row: revoked or expired before it ran, or terminated while it ran; then what waits for it."""
         exc = TaskRevokedError(reason or "revoked")
         if self._end(task_id, exc, Status.CANCELLED, None, request):
-            super().mark_as_revoked(task_id, reason, request, store_result=False, state=state)
+            with _following_up():
+                super().mark_as_failure(
+                    task_id, exc, None, request, store_result=True, call_errbacks=False, state=state
+                )
+            self._settle(task_id, request)
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        """Tell chord, chain and errbacks of the end of a job whose process died before it had told them all.
+
+        They may hear of it twice: rows and chords take no notice, an errback is called again.
+        """
+        request = request_of_row(row)
+        if row["status"] == Status.COMPLETED:
+            self.on_chord_part_return(request, states.SUCCESS, None, is_again=True)
+        else:
+            is_failed = row["status"] == Status.FAILED
+            state, exc = states.FAILURE if is_failed else states.REVOKED, _exception(row)
+            chord_of_it, request.chord = request.chord, None
+            with _following_up():
+                super().mark_as_failure(
+                    row["job_id"], exc, None, request, store_result=True, call_errbacks=is_failed, state=state
+                )
+            if chord_of_it:
+                request.chord = chord_of_it
+                self.on_chord_part_return(request, state, exc, is_again=True)
+        self.app.store.settle(row["job_id"])
+
+    def _settle(self, task_id: str, request: Any) -> None:
+        if request and (request.chord or request.chain or request.errbacks):
+            self.app.patiently(lambda: self.app.store.settle(task_id))
 
     def mark_as_retry(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the row was queued again before the retry was published."""
@@ -117,7 +157,12 @@ class JobBackend(BaseBackend):
         return bool(
             self.app.patiently(
                 lambda: self.app.store.end(
-                    job, status, failure, attempt=attempt, publication=None if attempt else publication
+                    job,
+                    status,
+                    failure,
+                    attempt=attempt,
+                    publication=None if attempt else publication,
+                    was_sent=bool(request and request.delivery_info and not request.get("is_unsent")),
                 )
             )
         )
@@ -125,6 +170,7 @@ class JobBackend(BaseBackend):
     # Read by AsyncResult
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
+        self._require_database()
         return _meta(task_id, self.app.store.job(task_id))
 
     def wait_for(
@@ -141,6 +187,7 @@ class JobBackend(BaseBackend):
             celery.exceptions.TimeoutError: It has not ended within `timeout` seconds.
         """
         self._ensure_not_eager()
+        self._require_database()
         for _ in _polls(timeout, on_interval):
             meta: dict[str, Any] = self.get_task_meta(task_id)
             if meta["status"] in states.READY_STATES:
@@ -158,6 +205,7 @@ class JobBackend(BaseBackend):
         **_: Any,
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (task id, meta) of each job as it ends; one query a poll for all that are still missing."""
+        self._require_database()
         missing = {task_id if isinstance(task_id, str) else task_id.id for task_id in task_ids}
         for _poll in _polls(timeout, on_interval):
             for row in self.app.store.jobs_by_id(sorted(missing)):
@@ -172,12 +220,20 @@ class JobBackend(BaseBackend):
                 return
         raise TimeoutError(f"{len(missing)} jobs have not ended in time.")
 
+    def _require_database(self) -> None:
+        if self.app.is_without_database:
+            raise ResultsNotRead(
+                "ENQUEUE=broker: this producer has no job database, so it can read no results; set ENQUEUE=strict and "
+                "DATABASE_URL, or ask a process that has them"
+            )
+
     def _forget(self, task_id: str) -> None:
         """The row stays: it is the record of the job, not only its result."""
 
     # Groups and chords
 
     def _save_group(self, group_id: str, result: Any) -> Any:
+        self._require_database()
         self.app.store.save_group(group_id, result.as_tuple())
         return result
 
@@ -191,7 +247,9 @@ class JobBackend(BaseBackend):
         self.app.store.forget_group(group_id)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
-        self.app.store.set_chord_size(group_id, chord_size)
+        """Known to the body as well, for a producer without the database."""
+        if not self.app.is_without_database:
+            self.app.store.set_chord_size(group_id, chord_size)
 
     def apply_chord(self, header_result_args: Any, body: Any, **kwargs: Any) -> None:
         """Nothing to set up: members are counted by their rows, so no `chord_unlock` polls."""
@@ -208,9 +266,11 @@ class JobBackend(BaseBackend):
         body = maybe_signature(request.chord, app=self.app)
         size = body.get("chord_size") or body.options.get("chord_size")
         parts = self.app.patiently(lambda: self.app.store.chord_parts(request.group, size))
-        if parts.results is not None and (parts.is_mine or is_again):
-            body.delay(list(parts.results))
-        if parts.results is not None or not parts.is_mine:
+        if parts.results is not None:  # sent again, it makes no second job
+            with _following_up():
+                body.delay(list(parts.results))
+        is_news = parts.is_mine
+        if parts.results is not None or not (is_news or (is_again and parts.is_failed)):
             return
         # Any member may be the one that notices: the reason is that of the one which failed.
         if (failed := self.app.patiently(lambda: self.app.store.failed_member(request.group))) is not None:
@@ -221,8 +281,23 @@ class JobBackend(BaseBackend):
         for task_id, signature in _results_of(body, self.app):
             options = {**signature.options, "task_id": task_id, "chord": None, "chain": None, "link_error": None}
             request = unsent(signature.task, signature.args, signature.kwargs, options)
-            self._end(task_id, error, Status.FAILED, None, request)
-        self.chord_error_from_stack(body, error)
+            is_news = self._end(task_id, error, Status.FAILED, None, request) or is_news
+        if not is_news:
+            return
+        try:
+            raise error  # Celery reads it from the stack, and only a worker's pool child has one
+        except ChordError:
+            self.chord_error_from_stack(body, error)
+
+
+@contextmanager
+def _following_up() -> Iterator[None]:
+    """What is submitted in this block follows from the end of a job."""
+    token = follows_up.set(True)
+    try:
+        yield
+    finally:
+        follows_up.reset(token)
 
 
 def unsent(name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Context:
@@ -240,7 +315,17 @@ def unsent(name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Con
         chain=options.get("chain"),
         errbacks=maybe_list(options.get("link_error")),
         delivery_info={"routing_key": options.get("queue") or name},
+        is_unsent=True,
     )
+
+
+def request_of_row(row: Mapping[str, Any]) -> Context:
+    """The request of a job, from what its row keeps to publish it again."""
+    message = row["message"] or {"args": [], "kwargs": row["parameters"], "options": {}}
+    options = {**message["options"], "task_id": row["job_id"], "queue": row["queue"]}
+    request = unsent(row["task_type"], message["args"], message["kwargs"], options)
+    request.retries = row["retry_count"]
+    return request
 
 
 def _results_of(signature: Any, app: Any) -> Iterator[tuple[str, Any]]:

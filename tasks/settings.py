@@ -19,9 +19,12 @@ from tasks.errors import SettingsError
 T = TypeVar("T")
 
 ENQUEUE_WAYS = ("strict", "outbox", "broker")
-QUEUE_STRATEGIES = ("FIFO", "LIFO", "PRIORITY")
+QUEUE_STRATEGIES = ("FIFO", "LIFO", "PRIORITY", "WEIGHTED_RANDOM")
+BROADCAST_TYPES = ("mqtt", "noop")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GIB = 2**30
+# Redis gives a message to another worker after so long. Longer than the longest job, shorter than rows are kept.
+VISIBILITY_TIMEOUT_S = 6 * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,20 @@ class Settings:
     max_input_bytes: int = 4 * GIB
     max_duration_s: float = 4 * 3600.0
     media_roots: tuple[str, ...] = ()
+    broadcast_type: str = "mqtt"
+    mqtt_broker: str = "localhost"
+    mqtt_port: int = 1883
+    mqtt_topic: str = "inference/events"
+    capability_topic_prefix: str = "inference/workers"
+    mqtt_heartbeat_interval_s: float = 30.0
+    mqtt_username: str | None = None
+    mqtt_password: str | None = field(default=None, repr=False)
+    mqtt_unreadable: str | None = None
+    """A secret's file that can't be read: said where MQTT is used, since it must stop nothing else."""
+    mqtt_use_tls: bool = False
+    mqtt_ca_cert: str | None = None
+    mqtt_client_cert: str | None = None
+    mqtt_client_key: str | None = None
 
 
 @cache
@@ -75,14 +92,22 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             f"LEASE_TIMEOUT_S={lease_timeout_s:g} is under twice LEASE_RENEW_S={lease_renew_s:g}: "
             "one late renewal would take living workers for dead; raise the first or lower the second"
         )
+    broker_url = read.url(
+        "CELERY_BROKER_URL",
+        f"sqlite:///{server_dir / 'broker.db'}",
+        ("sqlite", "amqp", "amqps", "pyamqp", "redis", "rediss", "memory"),
+    )
+    queue_strategy = read.strategies("QUEUE_STRATEGY")
+    if not broker_url.startswith("sqlite") and set(queue_strategy.values()) != {"PRIORITY"}:
+        raise SettingsError(
+            "QUEUE_STRATEGY: RabbitMQ and Redis only know PRIORITY; unset it, or use the embedded broker "
+            "(unset CELERY_BROKER_URL)"
+        )
+    mqtt_use_tls = read.switch("MQTT_USE_TLS", default=False)
     return Settings(
         server_dir=server_dir,
         database_url=read.url("DATABASE_URL", f"sqlite:///{server_dir / 'media_store.db'}", ("sqlite", "postgresql")),
-        broker_url=read.url(
-            "CELERY_BROKER_URL",
-            f"sqlite:///{server_dir / 'broker.db'}",
-            ("sqlite", "amqp", "amqps", "pyamqp", "redis", "rediss", "memory"),
-        ),
+        broker_url=broker_url,
         enqueue=read.choice("ENQUEUE", "strict", ENQUEUE_WAYS),
         worker_id=environment.get("WORKER_ID") or f"{socket.gethostname()}-{os.getpid()}",
         worker_supported_tasks=read.names("WORKER_SUPPORTED_TASKS"),
@@ -92,18 +117,31 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         max_deaths=read.whole("MAX_DEATHS", 3, least=1),
         max_attempts=read.whole("MAX_ATTEMPTS", 3, least=1),
         shutdown_grace_s=read.number("SHUTDOWN_GRACE_S", 300.0, above=0),
-        retention_days=read.number("RETENTION_DAYS", 30.0, above=0),
+        retention_days=read.number("RETENTION_DAYS", 30.0, above=VISIBILITY_TIMEOUT_S / 86400),
         sqlite_mmap_bytes=read.whole("SQLITE_MMAP_BYTES", 256 * 2**20, least=0),
         db_pool_size=read.whole("DB_POOL_SIZE", 5, least=1),
         mirror=read.switch("MIRROR", default=True),
         log_level=read.choice("LOG_LEVEL", "INFO", LOG_LEVELS, fold=str.upper),
         log_format=read.choice("LOG_FORMAT", "console", ("console", "json")),
-        queue_strategy=read.strategies("QUEUE_STRATEGY"),
+        queue_strategy=queue_strategy,
         max_pixels=read.whole("MAX_PIXELS", 150_000_000, least=1),
         max_frames=read.whole("MAX_FRAMES", 1000, least=1),
         max_input_bytes=read.whole("MAX_INPUT_BYTES", 4 * GIB, least=1),
         max_duration_s=read.number("MAX_DURATION_S", 4 * 3600.0, above=0),
         media_roots=read.roots("MEDIA_ROOTS"),
+        broadcast_type=read.choice("BROADCAST_TYPE", "mqtt", BROADCAST_TYPES),
+        mqtt_broker=environment.get("MQTT_BROKER") or "localhost",
+        mqtt_port=read.whole("MQTT_PORT", 8883 if mqtt_use_tls else 1883, least=1),
+        mqtt_topic=read.topic("MQTT_TOPIC", "inference/events"),
+        capability_topic_prefix=read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers"),
+        mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0),
+        mqtt_username=read.secret("MQTT_USERNAME"),
+        mqtt_password=read.secret("MQTT_PASSWORD"),
+        mqtt_unreadable=read.unreadable,  # after the secrets: keywords are evaluated in order
+        mqtt_use_tls=mqtt_use_tls,
+        mqtt_ca_cert=environment.get("MQTT_CA_CERT") or None,
+        mqtt_client_cert=environment.get("MQTT_CLIENT_CERT") or None,
+        mqtt_client_key=environment.get("MQTT_CLIENT_KEY") or None,
     )
 
 
@@ -112,6 +150,7 @@ class _Reader:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
+        self.unreadable: str | None = None
 
     def number(self, name: str, default: float, *, above: float) -> float:
         value = self._parse(name, default, float, "a number")
@@ -159,6 +198,25 @@ class _Reader:
             known = ", ".join(f"{known}://" for known in schemes)
             raise SettingsError(f"{name} starts with {scheme or 'no scheme'!r}; it can be one of {known}")
         return value
+
+    def topic(self, name: str, default: str) -> str:
+        """A topic to publish to: no wildcards, and no slash at its ends."""
+        value = self._environment.get(name) or default
+        if any(c in value for c in "#+\0") or value != value.strip("/"):
+            raise SettingsError(f"{name}={value!r} is no topic to publish to; write it without #, + and outer slashes")
+        return value
+
+    def secret(self, name: str) -> str | None:
+        """A variable, or the first line of the file that `{name}_FILE` names."""
+        path = self._environment.get(f"{name}_FILE")
+        if not path:
+            return self._environment.get(name) or None
+        try:
+            return Path(path).read_text().strip("\r\n") or None
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "it is no text"
+            self.unreadable = f"{name}_FILE={path!r} can't be read: {reason}"
+            return None
 
     def strategies(self, name: str) -> dict[str, str]:
         """`image_resize=LIFO,*=PRIORITY`, or one word for all queues."""

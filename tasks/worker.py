@@ -1,15 +1,18 @@
 """The worker: Celery's own, with its queues chosen by capability and its node named by WORKER_ID."""
 
 import logging
+import sys
 from typing import Any
 
 import click
 from celery.apps.worker import Worker
 from celery.utils.nodenames import default_nodename, gethostname, nodename
 from click.core import ParameterSource
+from sqlalchemy.exc import SQLAlchemyError
 
 from tasks import capabilities
-from tasks.errors import SettingsError
+from tasks.errors import MediaTasksError, SettingsError
+from tasks.stop import GracefulStop
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,26 @@ class MediaWorker(Worker):
         else:
             app.worker_id = hostname
         super().__init__(app=app, hostname=hostname, **options)
+
+    def on_start(self) -> None:
+        """Before the pool forks: take the lease that all attempts of this worker hold.
+
+        A database that is locked or away is waited for.
+
+        Raises:
+            SystemExit: The database can't be used, or another worker of this name is alive; said in one line.
+        """
+        if self.app.settings.mirror:
+            try:
+                self.app.patiently(self.app.leases.take)
+            except (MediaTasksError, SQLAlchemyError) as exc:
+                sys.exit(f"Error: {exc}")
+        super().on_start()
+
+    def install_platform_tweaks(self, worker: Any) -> None:
+        """As Celery's, with a graceful stop in the place of its signal handlers."""
+        super().install_platform_tweaks(worker)
+        GracefulStop(worker).install()
 
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
         """Choose the queues to serve.

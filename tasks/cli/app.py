@@ -1,25 +1,25 @@
-"""What every command needs: the app behind `-A tasks`, errors as one line, and text that a terminal can take.
+"""What every command needs: the app behind `-A tasks`, and errors as one line.
 
 Celery loads the entry points of all commands whenever anybody runs `celery`, for whatever app. So the modules of this
 package import nothing but Click at the top; the rest is imported by the command that runs.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from tasks.cli.text import printable, remark
 
+if TYPE_CHECKING:
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # older versions of Click can't be subscribed
 
-UNLIMITED_COLUMNS = 10_000
+T = TypeVar("T")
 
 
 def app_of(ctx: click.Context) -> Any:
@@ -70,6 +70,25 @@ def readable_errors() -> Iterator[None]:
         raise click.ClickException(printable(message)) from exc
 
 
+def for_each(items: Iterable[T], do: Callable[[T], None]) -> None:
+    """Do it for one after the other. Where it can't be done, that is said in one line, and the others follow.
+
+    Raises:
+        click.exceptions.Exit: Some could not be done; code 1.
+    """
+    from tasks.errors import MediaTasksError
+
+    is_done = True
+    for item in items:
+        try:
+            do(item)
+        except (click.ClickException, MediaTasksError) as exc:
+            is_done = False
+            remark(f"Error: {exc.message if isinstance(exc, click.ClickException) else exc}")
+    if not is_done:
+        raise click.exceptions.Exit(1)
+
+
 def _message(exc: Exception) -> str | None:
     import sqlite3
 
@@ -91,22 +110,3 @@ def _message(exc: Exception) -> str | None:
 
 def _first_line(exc: object) -> str:
     return str(exc).strip().partition("\n")[0]
-
-
-def console_for(ctx: click.Context, *, stderr: bool = False) -> "Console":
-    """A console as wide as the terminal; without one, lines are never cut or folded, unless COLUMNS is set."""
-    import os
-
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    is_limited = stream.isatty() or "COLUMNS" in os.environ
-    no_color = True if ctx.find_root().obj.no_color else None
-    return Console(
-        stderr=stderr, width=None if is_limited else UNLIMITED_COLUMNS, no_color=no_color, highlight=False, emoji=False
-    )
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without what could steer a terminal: file names may hold newlines and escape codes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

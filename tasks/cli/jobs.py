@@ -1,14 +1,16 @@
-"""`celery -A tasks jobs list | show`: what the job table says."""
+"""`celery -A tasks jobs list | show`: what the job table says; and the group of all commands on jobs."""
 
-import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.cli.app import UNLIMITED_COLUMNS, ParamType, console_for, printable, with_app
+from tasks.cli.app import ParamType, with_app
+from tasks.cli.control import cancel_jobs, replay_jobs, retry_jobs
+from tasks.cli.ids import job_row
+from tasks.cli.story import explain_job
+from tasks.cli.text import as_json, clock, console_for, cut, echo_json, printable, shown, table_for
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -39,22 +41,25 @@ class _StatusName(ParamType):
 
 @click.group()
 def jobs() -> None:
-    """Look at jobs: where each one is, who has it, how it ended."""
+    """Look at jobs: where each one is, who has it, how it ended; cancel them, run them again."""
+
+
+for command in (explain_job, cancel_jobs, retry_jobs, replay_jobs):
+    jobs.add_command(command)
 
 
 @jobs.command("list")
 @click.option("--status", type=_StatusName(), help="Only jobs that stand there.")
 @click.option("--task", "task_type", metavar="CAPABILITY", help="Only jobs of this capability.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with every column.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object a line, with every column.")
 @click.pass_context
 @with_app
-def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, limit: int, as_json: bool) -> None:
+def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, limit: int, is_json: bool) -> None:
     """The newest jobs first. `jobs show` takes the ids as they stand here."""
     rows = app.store.jobs(status=status, task_type=task_type, limit=limit)
-    if as_json:
-        for row in rows:
-            click.echo(_as_json(row))
+    if is_json:
+        echo_json(rows)
     elif rows:
         _print_table(ctx, rows)
     else:
@@ -63,35 +68,31 @@ def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, 
 
 @jobs.command("show")
 @click.argument("job_id")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: the row, and its changes as `logs`.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object: the row, and its changes as `logs`.")
 @click.pass_context
 @with_app
-def show_job(app: Any, ctx: click.Context, job_id: str, as_json: bool) -> None:
+def show_job(app: Any, ctx: click.Context, job_id: str, is_json: bool) -> None:
     """One job: its row, and every change in order. The first characters of the id are enough."""
-    row = app.store.job(job_id) or _by_prefix(app.store, job_id)
+    row = job_row(app.store, job_id)
     logs = app.store.logs(row["job_id"])
-    if as_json:
-        click.echo(_as_json({**row, "logs": [dict(log) for log in logs]}))
+    if is_json:
+        click.echo(as_json({**row, "logs": [dict(log) for log in logs]}))
         return
     console = console_for(ctx)
     width = max(map(len, row)) + 2
     for name, value in row.items():
         if value not in (None, "") and name not in HIDDEN:
-            text = _status(value) if name == "status" else _shown(value)
+            text = _status(value) if name == "status" else shown(value)
             console.print(f"{name:{width}}", text, sep="", markup=False, soft_wrap=True)
     _print_changes(console, logs)
 
 
 def _print_table(ctx: click.Context, rows: Sequence[Any]) -> None:
     """Ids, statuses and times are always whole; what is free text gives way, at its end."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     console = console_for(ctx)
     is_wide = console.width >= WIDE_COLUMNS
     id_length = max(map(len, (row["job_id"] for row in rows))) if is_wide else _id_length(rows)
-    box = SIMPLE_HEAD if console.width < UNLIMITED_COLUMNS else None
-    table = Table(box=box, show_edge=False, pad_edge=False, padding=(0, 1 if box else 2, 0, 0))
+    table = table_for(console)
     for name in ("job", "task", "status"):
         table.add_column(name, no_wrap=name != "task")
     table.add_column("took", justify="right", no_wrap=True)
@@ -103,14 +104,14 @@ def _print_table(ctx: click.Context, rows: Sequence[Any]) -> None:
     for row in rows:
         cells: list[str | Text] = [
             printable(row["job_id"][:id_length]),
-            _cut(row["task_type"]),
+            cut(row["task_type"]),
             _status(row["status"], row["progress"]),
             _took(row),
-            _created(row["created_at"]),
+            clock(row["created_at"]),
         ]
         if is_wide:
-            cells += [str(row["attempt"]), _cut(row["claimed_by"] or "")]
-        table.add_row(*cells, _cut(_note(row, is_wide)))
+            cells += [str(row["attempt"]), cut(row["claimed_by"] or "")]
+        table.add_row(*cells, cut(_note(row, is_wide)))
     console.print(table, markup=False)
 
 
@@ -124,7 +125,7 @@ def _print_changes(console: Any, logs: Sequence[Any]) -> None:
         details = dict(log["details"] or {})
         traceback = details.pop("traceback", None)
         since_s = (log["created_at"] - start).total_seconds()
-        said = [printable(log["message"]) if log["message"] else "", _shown(details) if details else ""]
+        said = [printable(log["message"]) if log["message"] else "", shown(details) if details else ""]
         line = (
             f"{log['sequence']:4}  {log['created_at'].astimezone():%H:%M:%S.%f}  +{since_s:<9.3f} "
             f"{log['event_type']:11} {log['worker_id'] or '':{worker_width}}  {' '.join(filter(None, said))}"
@@ -132,17 +133,6 @@ def _print_changes(console: Any, logs: Sequence[Any]) -> None:
         console.print(line.rstrip(), markup=False, soft_wrap=True)
         for line in (traceback or "").splitlines():
             console.print(f"        {printable(line)}", markup=False, soft_wrap=True)
-
-
-def _by_prefix(store: Any, prefix: str) -> Any:
-    found = store.jobs(id_prefix=prefix, limit=6) if prefix else []
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise click.ClickException(f"no job's id starts with {prefix!r}; celery -A tasks jobs list shows them")
-    ids = [printable(row["job_id"]) for row in found]
-    more = ", ..." if len(ids) > 5 else ""
-    raise click.ClickException(f"several ids start with {prefix!r}: {', '.join(ids[:5])}{more}")
 
 
 def _nothing_found(app: Any, status: Any, task_type: str | None) -> str:
@@ -169,7 +159,7 @@ def _id_length(rows: Sequence[Any]) -> int:
 
 def _note(row: Any, is_wide: bool) -> str:
     """What one wants to know next: why it failed, who has it, or when it is due."""
-    from db.records import Status
+    from db.records import Status, now
 
     status = Status(row["status"])
     if status in (Status.FAILED, Status.CANCELLED) and row["error_type"]:
@@ -177,10 +167,10 @@ def _note(row: Any, is_wide: bool) -> str:
         return f"{row['error_type']}: {row['error_message']}".replace(f"{folder}/", "")
     if status in (Status.CLAIMED, Status.RUNNING):
         return row["stage"] or ("" if is_wide else f"on {row['claimed_by']}")
-    if status is Status.QUEUED and (row["retry_count"] or row["run_after_utc"]):
+    if status is Status.QUEUED:
         retry = f"retry {row['retry_count']} after {row['error_type'] or 'an error'}" if row["retry_count"] else ""
-        due = f"due {_created(row['run_after_utc'])}" if row["run_after_utc"] else ""
-        return ", ".join(filter(None, [retry, due]))
+        is_resting = row["published_at"] is None and row["run_after_utc"] is not None and row["run_after_utc"] > now()
+        return ", ".join(filter(None, [retry, f"due {clock(row['run_after_utc'])}" if is_resting else ""]))
     return ""
 
 
@@ -188,13 +178,6 @@ def _took(row: Any) -> str:
     if row["started_at"] is None or row["completed_at"] is None or row["completed_at"] < row["started_at"]:
         return ""
     return f"{(row['completed_at'] - row['started_at']).total_seconds():.2f} s"
-
-
-def _created(at: datetime) -> str:
-    """The time of day, here; with its date unless that is today."""
-    here = at.astimezone()
-    is_today = here.date() == datetime.now().astimezone().date()
-    return f"{here:%H:%M:%S}" if is_today else f"{here:%m-%d %H:%M}"
 
 
 def _status(status: str, progress: float = 0.0) -> "Text":
@@ -211,24 +194,3 @@ def _status(status: str, progress: float = 0.0) -> "Text":
     }
     percent = f" {progress:.0f} %" if status == Status.RUNNING and progress else ""
     return Text(status + percent, style=colours.get(Status(status), ""))
-
-
-def _cut(text: str) -> "Text":
-    """Free text on one line: where there is no room, its end gives way to an ellipsis."""
-    from rich.text import Text
-
-    return Text(printable(text), no_wrap=True, overflow="ellipsis")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, datetime):
-        return value.astimezone().isoformat(sep=" ", timespec="milliseconds")
-    return json.dumps(value, default=_plain) if isinstance(value, (dict, list)) else printable(str(value))
-
-
-def _as_json(row: Any) -> str:
-    return json.dumps(dict(row), default=_plain)
-
-
-def _plain(value: Any) -> str:
-    return value.isoformat() if isinstance(value, datetime) else str(value)

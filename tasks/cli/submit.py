@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.cli.app import ParamType, app_of, console_for, printable, readable_errors
+from tasks.cli.app import ParamType, app_of, readable_errors
+from tasks.cli.text import console_for, printable
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult

@@ -27,7 +27,7 @@ def is_srgb(profile: bytes) -> bool:
             for tag in (b"rTRC", b"gTRC", b"bTRC")
             for x, y in _CURVE.items()
         )
-    except (struct.error, KeyError, IndexError, ValueError, ArithmeticError):
+    except (struct.error, KeyError, IndexError, ValueError, ArithmeticError, TypeError):  # a complex number: the last
         return False
 
 

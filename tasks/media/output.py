@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 
 from tasks.errors import DiskFull, OutputNotWritable
@@ -21,6 +20,7 @@ TEMP_SUFFIX = ".part"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {
     errno.EACCES,
+    errno.ENOENT,  # its directory was made before; in /proc, say, that has no effect
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
@@ -80,8 +80,8 @@ def atomic_outputs(
 
 
 def temp_files_of(token: str, directory: str | Path) -> list[Path]:
-    """The temp files in `directory` of the attempt that wrote with this token."""
-    return sorted(Path(directory).glob(f"{TEMP_PREFIX}{escape(token)}-*{TEMP_SUFFIX}"))
+    """The temp files in `directory` of the attempt that wrote with this token; `*` in it stands for anything."""
+    return sorted(Path(directory).glob(f"{TEMP_PREFIX}{token}-*{TEMP_SUFFIX}"))
 
 
 def raise_for_write_error(exc: OSError, path: str | Path) -> None:

@@ -1,0 +1,29 @@
+"""The ids of jobs as people type them: whole, or the first characters."""
+
+from typing import Any
+
+import click
+
+from tasks.cli.text import printable
+
+SHOWN_IDS = 5
+
+
+def job_row(store: Any, job_id: str) -> Any:
+    """The row of the one job whose id this is, or begins so.
+
+    Raises:
+        click.ClickException: There is none, or more than one.
+    """
+    return store.job(job_id) or _by_prefix(store, job_id)
+
+
+def _by_prefix(store: Any, prefix: str) -> Any:
+    found = store.jobs(id_prefix=prefix, limit=SHOWN_IDS + 1) if prefix else []
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise click.ClickException(f"no job's id starts with {prefix!r}; celery -A tasks jobs list shows them")
+    ids = [printable(row["job_id"]) for row in found]
+    more = ", ..." if len(ids) > SHOWN_IDS else ""
+    raise click.ClickException(f"several ids start with {prefix!r}: {', '.join(ids[:SHOWN_IDS])}{more}")

@@ -1,0 +1,110 @@
+"""Leases: who holds attempts, and whether they live. In: this process's worker, or a holder's row. Out: a `Liveness`.
+
+A worker's main process holds one lease for all its attempts: a `flock` that the kernel lets go at any death, and a row
+that is renewed. On the host where the lock can be seen the lock decides; a holder that has not renewed for a minute is
+stopped, and counts as dead too. Elsewhere the row decides, after LEASE_TIMEOUT_S. No process id is ever compared.
+"""
+
+import os
+import time
+import uuid
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from db.records import Holder, Liveness, now
+from tasks.broker.lease import Lease, is_held
+from tasks.errors import SettingsError
+
+STOPPED_AFTER_S: Final = 60.0
+_REFUSED_AFTER_S: Final = 10.0
+_RETRY_S: Final = 0.25
+
+
+class Leases:
+    """The leases of one deployment, as this host sees them."""
+
+    def __init__(self, app: Any) -> None:
+        self._app: Final = app
+        self._directory: Final = Path(app.settings.server_dir) / "leases"
+        self._mine: Lease | None = None
+
+    def take(self) -> None:
+        """Take a lease for this worker; `app.lease` names it, also in the children that are forked later. Repeatable.
+
+        Raises:
+            SettingsError: Another living worker has this WORKER_ID, and goes on having it for ten seconds.
+        """
+        self._refuse_double()
+        self._mine = self._mine or self._make()
+        self._app.lease = self._mine.name
+        self.renew()
+
+    def renew(self) -> None:
+        """Say in the row that this worker lives."""
+        self._app.store.renew_lease(self._app.lease, self._app.worker_id, self.host_id)
+
+    def release(self) -> None:
+        """Give the lease back; its row stays for as long as it holds an attempt."""
+        self._app.store.forget_lease(self._app.lease)
+        if self._mine is not None:
+            self._mine.release()
+
+    def judge(self, holder: Holder) -> Liveness:
+        """Whether a holder lives."""
+        silent_s = (now() - holder.renewed_at).total_seconds()
+        if holder.host_id == self.host_id:
+            is_alive = is_held(self._directory / holder.lease) and silent_s <= STOPPED_AFTER_S
+            return Liveness.ALIVE if is_alive else Liveness.DEAD
+        return Liveness.UNCERTAIN if silent_s <= self._app.settings.lease_timeout_s else Liveness.DEAD
+
+    def is_let_go(self, holder: Holder) -> bool:
+        """Whether a lock that can be seen from here is free: a proof of death, whatever the clocks say."""
+        return holder.host_id == self.host_id and not is_held(self._directory / holder.lease)
+
+    @property
+    def host_id(self) -> str:
+        """Equal for two processes if, and only if, one sees the locks of the other: one kernel, one directory."""
+        with suppress(OSError):
+            status = self._directory.stat()
+            return f"{_boot_id()}:{status.st_dev}:{status.st_ino}"
+        return f"{_boot_id()}:no directory"
+
+    def _make(self) -> Lease:
+        try:
+            return Lease(self._directory)
+        except OSError as exc:
+            raise SettingsError(
+                f"CL_SERVER_DIR: {self._directory} can't be written ({exc.strerror}); a worker keeps its lease there"
+            ) from exc
+
+    def _refuse_double(self) -> None:
+        """Wait a little for a worker of the same name: it may be about to end, or dead on another host."""
+        worker_id = self._app.worker_id
+        deadline = time.monotonic() + _REFUSED_AFTER_S
+        while self._is_held(worker_id):
+            if time.monotonic() > deadline:
+                raise SettingsError(
+                    f"WORKER_ID={worker_id}: a worker of this name is alive; give each its own, or leave it unset"
+                )
+            time.sleep(_RETRY_S)
+
+    def _is_held(self, worker_id: str) -> bool:
+        others = [holder for holder in self._app.store.holders(worker_id=worker_id) if holder.lease != self._app.lease]
+        return any(self.judge(holder) is not Liveness.DEAD for holder in others)
+
+    def sweep(self) -> None:
+        """Remove the files of the dead."""
+        with suppress(OSError):
+            for path in self._directory.iterdir():
+                is_old = time.time() - path.stat().st_mtime > timedelta(hours=1).total_seconds()
+                if is_old and not is_held(path):
+                    path.unlink(missing_ok=True)
+
+
+def _boot_id() -> str:
+    """Names this run of this machine's kernel; without /proc, the machine."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{uuid.getnode():x}-{os.uname().nodename}"

@@ -1,0 +1,164 @@
+"""The outbox: a job is written in the producer's own transaction, and published by a worker once that is committed.
+
+In: a SQLAlchemy Session or Connection, or a DB-API connection (sqlite3, psycopg, psycopg2; Django's
+`connection.connection`), of the job database. Out: one row. Rolled back means never run; committed means run, once to
+effect. No transaction is begun, committed or ended here.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from celery.result import AsyncResult
+from kombu.utils.json import dumps
+from sqlalchemy import Connection, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import psycopg, psycopg2
+
+from db import statements
+from db.records import NewJob, now
+from db.statements import LOG, log_row
+from tasks.enqueue import new_job
+from tasks.errors import InvalidArguments
+
+_HAS_TABLES: Final = "SELECT to_regclass('duties') IS NOT NULL AND to_regclass('task_queue') IS NOT NULL"
+_IDENTITY: Final = "SELECT holder FROM duties WHERE name = 'identity'"
+# Parameters by name, as both PEP 249 drivers and our statements have them.
+_DIALECTS: Final[Mapping[str, Any]] = {
+    "sqlite3": lambda: sqlite.dialect(paramstyle="named"),
+    "psycopg": psycopg.dialect,
+    "psycopg2": psycopg2.dialect,
+}
+
+
+def enqueue(
+    connection: Any, task: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> AsyncResult:
+    """Write a job in a transaction: `enqueue(session, image_resize, "in.jpg", "out.webp", width=800)`.
+
+    Args:
+        connection: In which the caller's own rows are written, too.
+        task: A task, or its name.
+        options: As of `apply_async`: priority, countdown, eta, expires, task_id, queue, ignore_result, time limits.
+
+    Returns:
+        The result of a job that exists once the transaction is committed.
+
+    Raises:
+        InvalidArguments: The arguments can't work, or `connection` is of another database: submit with `.delay()` after
+            the commit then (Django: `transaction.on_commit`).
+        UnknownTask, UnknownQueue: Nobody can run it.
+    """
+    from tasks.celery import app
+
+    app.load_capabilities()
+    name = task if isinstance(task, str) else task.name
+    declared, options = app.tasks.get(name), dict(options or {})
+    options["task_id"] = options.get("task_id") or app.new_id()
+    if "unique_key" in options or "unique_for" in options:
+        raise InvalidArguments(f"{name}: unique jobs are submitted by themselves, not in a transaction of yours")
+    if declared is not None:
+        options.setdefault("ignore_result", declared.ignore_result)
+    job = new_job(app, declared, name, list(args), dict(kwargs), options)
+    _cursor(connection).write(app.store, job)
+    return app.AsyncResult(job.job_id)
+
+
+class _Cursor(ABC):
+    """Executes our statements on a connection of somebody else."""
+
+    is_sqlite: bool
+
+    @abstractmethod
+    def execute(self, statement: Any, values: Mapping[str, Any]) -> bool:
+        """Whether it returned a row."""
+
+    @abstractmethod
+    def scalar(self, sql: str) -> Any:
+        """The first column of the first row."""
+
+    def write(self, store: Any, job: NewJob) -> None:
+        """Insert the row, which rests until it is due, and its log row."""
+        self._require(store)
+        at = now()
+        values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
+        values |= {"b_publication": 1, "b_published_at": None, "b_run_after_utc": job.run_after_utc or at, "b_now": at}
+        for name in ("b_parameters", "b_message"):  # whatever JSON the connection is set up for takes plain values
+            values[name] = json.loads(dumps(values[name]))
+        insert = statements.enqueue(sqlite if self.is_sqlite else postgresql).statement
+        if self.execute(insert, values):  # else its id is there already: the row stays as it is
+            self.execute(LOG, log_row(job.job_id, 1, "created", None, at, None, None))
+
+    def _require(self, store: Any) -> None:
+        """Refuse a connection to another database: nobody would look for the job there."""
+        database = store.database
+        if self.is_sqlite:  # asked of the caller's connection alone: it may hold the write lock already
+            path = self.scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
+            is_same = database.path is not None and bool(path) and Path(path).samefile(database.path)
+        else:
+            identity = None if database.is_sqlite else store.identity()  # made by the first call, so before the look
+            is_same = identity is not None and self.scalar(_HAS_TABLES) and self.scalar(_IDENTITY) == identity
+        if not is_same:
+            raise InvalidArguments(
+                f"the connection is not of the job database {database}; submit with .delay() after your commit "
+                "(Django: transaction.on_commit), or put the job tables into your database by DATABASE_URL"
+            )
+
+
+class _SqlAlchemy(_Cursor):
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.is_sqlite = connection.dialect.name == "sqlite"
+
+    def execute(self, statement: Any, values: Mapping[str, Any]) -> bool:
+        result = self._connection.execute(statement, dict(values))
+        return result.returns_rows and result.first() is not None
+
+    def scalar(self, sql: str) -> Any:
+        return self._connection.execute(text(sql)).scalar()
+
+
+class _DbApi(_Cursor):
+    def __init__(self, connection: Any, driver: str) -> None:
+        self._connection = connection
+        self._dialect = _DIALECTS[driver]()
+        self.is_sqlite = driver == "sqlite3"
+
+    def execute(self, statement: Any, values: Mapping[str, Any]) -> bool:
+        compiled = statement.compile(dialect=self._dialect, column_keys=list(values) if statement is LOG else None)
+        processors = compiled._bind_processors
+        ready = {
+            name: processors[name](value) if name in processors else value
+            for name, value in compiled.construct_params(dict(values)).items()
+        }
+        cursor = self._connection.cursor()
+        cursor.execute(str(compiled), ready)
+        has_row = cursor.description is not None and cursor.fetchone() is not None
+        cursor.close()
+        return has_row
+
+    def scalar(self, sql: str) -> Any:
+        cursor = self._connection.cursor()
+        cursor.execute(sql)
+        row = cursor.fetchone()
+        cursor.close()
+        if isinstance(row, Mapping):
+            return next(iter(row.values()))
+        return row[0] if row else None
+
+
+def _cursor(connection: Any) -> _Cursor:
+    if callable(getattr(connection, "connection", None)) and hasattr(connection, "get_bind"):  # a Session
+        connection = connection.connection()
+    if isinstance(connection, Connection):
+        return _SqlAlchemy(connection)
+    for cls in type(connection).__mro__:
+        driver = cls.__module__.split(".", 1)[0]
+        if driver in _DIALECTS and hasattr(connection, "cursor") and "Async" not in type(connection).__name__:
+            return _DbApi(connection, driver)
+    raise InvalidArguments(
+        f"{type(connection).__module__}.{type(connection).__name__} is no connection that a job can be written with; "
+        "give a SQLAlchemy Session or Connection, or a connection of sqlite3, psycopg or psycopg2"
+    )

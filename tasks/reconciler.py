@@ -1,0 +1,226 @@
+"""The reconciler: finds where table and broker disagree with what is true, and mends it.
+
+In: the tables, the broker, the locks of this host. Out: findings, each with what mends it. One worker at a time has
+this duty (`tasks.upkeep`); `celery -A tasks reconcile --dry-run` only prints. Each part can be called by itself, as
+often as one likes: all that it does is fenced, so that a disagreement which has gone meanwhile is left alone.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Final
+
+from db.records import Closed, Holder, Liveness, now
+from tasks import outgoing
+from tasks.broker.ledger import Ledger, ledger_of
+from tasks.job import poisoned, token_of
+from tasks.leftovers import remove_temp_files_of_row
+from tasks.results import request_of_row
+
+logger = logging.getLogger(__name__)
+
+# A message is on its way for so long before it can count as lost; an end has been told to others by then.
+SETTLED_AFTER_S: Final = 5.0
+LOOK_AGAIN_AFTER_S: Final = 10.0
+PRUNE_EVERY_S: Final = 3600.0
+IN_ONE_LOOK: Final = 5000
+# What the broker did not take is offered again after so long.
+REFUSED_FOR_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A disagreement: which part found it, on what, in words; and what mends it."""
+
+    part: str
+    subject: str
+    text: str
+    mend: Callable[[], Any]
+
+
+class Reconciler:
+    """One deployment's; `round` finds and mends."""
+
+    def __init__(self, app: Any) -> None:
+        self._app: Final = app
+        self._store: Final = app.store
+        self._outlet: Final = outgoing.Outlet(app)
+        self._ledger: Ledger | None = None
+        self._steady_since = time.monotonic()
+        self._looked: dict[str, _Look] = {}
+        self._prune_due = 0.0
+
+    def round(self) -> list[Finding]:
+        """Mend all that is found. What can't be mended is said, and found again by the next round."""
+        mended = []
+        for finding in self.findings():
+            logger.warning("%s: %s: %s", finding.part, finding.subject, finding.text)
+            try:
+                finding.mend()
+                mended.append(finding)
+            except Exception:
+                logger.exception("%s: %s could not be mended now", finding.part, finding.subject)
+        self._prune()
+        return mended
+
+    def findings(self) -> Iterator[Finding]:
+        """All disagreements, found one after the other."""
+        yield from self.dead_holders()
+        yield from self.untold_ends()
+        yield from self.expired_jobs()
+        yield from self.lost_messages()
+
+    def interrupted(self) -> None:
+        """The database was away: nobody could renew a lease, so silence proves nothing for a while."""
+        self._steady_since = time.monotonic()
+
+    def is_alive(self, lease: str) -> bool:
+        """Whether the holder of this lease lives."""
+        holders = {holder.lease: holder for holder in self._store.holders()}
+        return lease in holders and not self._is_dead(holders[lease])
+
+    # The parts
+
+    def dead_holders(self) -> Iterator[Finding]:
+        """Attempts whose worker died are closed: queued again, or failed after too many deaths."""
+        for holder in self._store.holders():
+            if holder.lease == self._app.lease or not self._is_dead(holder):
+                continue
+            for row in self._store.held_by(holder):
+                text = f"its worker {holder.worker_id} is dead; attempt {row['attempt']} is closed"
+                yield Finding("dead holders", row["job_id"], text, partial(self._close, row))
+            yield Finding("dead holders", holder.worker_id, "the worker is dead", partial(self._forget, holder))
+
+    def untold_ends(self) -> Iterator[Finding]:
+        """Chords, chains and errbacks that have not heard of the end of a job."""
+        for row in self._store.unsettled(now() - timedelta(seconds=SETTLED_AFTER_S)):
+            text = f"it is {row['status']}, and what waits for it has not been told"
+            yield Finding("untold ends", row["job_id"], text, partial(self._app.backend.tell, row))
+
+    def expired_jobs(self) -> Iterator[Finding]:
+        """Queued jobs whose time is over are cancelled."""
+        for row in self._store.expired():
+            text = f"it expired at {row['expires_at']:%Y-%m-%d %H:%M:%S} UTC"
+            yield Finding("expired jobs", row["job_id"], text, partial(self._revoke, row, "expired"))
+
+    def lost_messages(self) -> Iterator[Finding]:
+        """Queued jobs whose message the broker no longer has are published again.
+
+        The embedded broker is asked for each job. RabbitMQ and Redis only count: a queue that holds fewer messages
+        than jobs wait which no worker has reserved has lost some, if it is still so ten seconds later. Which ones can't
+        be told, so all of those that waited both times are published again; of two messages the guard takes one.
+        """
+        before = now() - timedelta(seconds=SETTLED_AFTER_S)
+        published = self._store.published(before)
+        ledger = self._opened_ledger() if published else None
+        if ledger is None:
+            return
+        reserved = {job_id for worker in self._app.live_workers() for job_id in worker["reserved_tasks"]}
+        for queue, jobs in published.items():
+            ready = ledger.ready(queue)
+            for row in self._missing(ledger, queue, ready, jobs, before, reserved):
+                text = f"the broker has no message of it in {queue}; it is published again"
+                again = partial(self._store.republish, row["job_id"], row["publication"], "its message was lost")
+                yield Finding("lost messages", row["job_id"], text, again)
+
+    def dispatch(self, limit: int) -> int:
+        """Publish the jobs that are due; how many there were."""
+        if (due := self._store.next_due()) is None or due > now():
+            return 0
+        rows = self._store.take_due(limit)
+        self._outlet.is_away = False
+        for row in rows:
+            # A broker that is away is asked once: each time takes seconds, and another worker may reach it.
+            if self._outlet.is_away or not self._outlet.send(row):
+                self._store.rest(row["job_id"], row["publication"], delay_s=REFUSED_FOR_S)
+        return 0 if self._outlet.is_away else len(rows)
+
+    @property
+    def is_broker_away(self) -> bool:
+        """Whether the broker did not answer the last time that something was to be published."""
+        return self._outlet.is_away
+
+    # How they do it
+
+    def _is_dead(self, holder: Holder) -> bool:
+        """A lock that was let go proves a death at once; silence does after a while without an outage."""
+        leases = self._app.leases
+        if leases.judge(holder) is not Liveness.DEAD:
+            return False
+        steady_s = time.monotonic() - self._steady_since
+        return bool(leases.is_let_go(holder) or steady_s >= self._app.settings.lease_timeout_s)
+
+    def _close(self, row: Mapping[str, Any]) -> None:
+        closed: Closed | None = self._store.close(row["job_id"], row["attempt"], reason="its worker died")
+        remove_temp_files_of_row(self._app, row, token_of(row["job_id"], row["attempt"]))
+        max_deaths = self._app.settings.max_deaths
+        if closed is not None and closed.deaths >= max_deaths:
+            request = request_of_row(row)
+            request.publication = closed.publication
+            self._app.backend.mark_as_failure(row["job_id"], poisoned(closed.deaths, max_deaths), request=request)
+
+    def _forget(self, holder: Holder) -> None:
+        self._store.worker_lost(holder.worker_id, holder.lease)
+        self._store.forget_lease(holder.lease)
+
+    def _revoke(self, row: Mapping[str, Any], reason: str) -> None:
+        request = request_of_row(row)
+        request.publication = row["publication"]
+        self._app.backend.mark_as_revoked(row["job_id"], reason, request=request)
+
+    def _opened_ledger(self) -> Ledger | None:
+        if self._ledger is None:
+            self._ledger = ledger_of(self._app)
+        return self._ledger
+
+    def _missing(
+        self, ledger: Ledger, queue: str, ready: int, jobs: int, before: datetime, reserved: set[str]
+    ) -> list[Mapping[str, Any]]:
+        look = self._looked.setdefault(queue, _Look())
+        rows = self._store.published_in(queue, before, after_id=look.after_id, limit=IN_ONE_LOOK)
+        if (held := ledger.held([row["job_id"] for row in rows])) is not None:
+            look.after_id = rows[-1]["id"] if len(rows) == IN_ONE_LOOK else 0
+            return [row for row in rows if row["job_id"] not in held]
+        # No paging here: the same jobs have to be seen twice, and those published again make room for the next.
+        unheld = {(row["job_id"], row["publication"]): row for row in rows if row["job_id"] not in reserved}
+        # A worker may have reserved as many as it has slots since its last heartbeat.
+        slots = sum(worker["concurrency"] for worker in self._app.live_workers())
+        waiting = jobs - (len(rows) - len(unheld))
+        is_short = bool(unheld) and (ready == 0 or waiting - ready > slots)
+        return look.again(unheld, is_short=is_short)
+
+    def _prune(self) -> None:
+        if time.monotonic() < self._prune_due:
+            return
+        before = now() - timedelta(days=self._app.settings.retention_days)
+        if self._store.prune(before) == 0:
+            self._prune_due = time.monotonic() + PRUNE_EVERY_S
+            self._store.forget_ended_pauses()
+            self._app.leases.sweep()
+
+
+class _Look:
+    """What was seen of one queue, to be seen again some time later."""
+
+    def __init__(self) -> None:
+        self.after_id = 0
+        self._seen: set[Any] = set()
+        self._seen_at = 0.0
+
+    def again(self, unheld: Mapping[Any, Any], *, is_short: bool) -> list[Any]:
+        """The jobs that were there at the look before, if the queue was short of messages then, and still is."""
+        if not is_short:
+            self._seen = set()
+            return []
+        if not self._seen:
+            self._seen, self._seen_at = set(unheld), time.monotonic()
+            return []
+        if time.monotonic() - self._seen_at < LOOK_AGAIN_AFTER_S:
+            self._seen &= set(unheld)
+            return []
+        still = [row for key, row in unheld.items() if key in self._seen]
+        self._seen = set()
+        return still

@@ -1,0 +1,217 @@
+"""A message in a worker's main process: what becomes of its job when the pool child that ran it is gone.
+
+In: what the pool says of a child: it died, was terminated, ran into its hard time limit. Out: the attempt is closed in
+its row, which is published anew, and the message is settled. What the database can't take now is left to the upkeep,
+which finds running rows of this worker that nothing runs.
+"""
+
+import logging
+import os
+from contextlib import suppress
+from datetime import timedelta
+from signal import SIGTERM
+from typing import Any, Final
+
+from billiard.common import TERM_SIGNAME
+from billiard.exceptions import Terminated, TimeLimitExceeded
+from celery.concurrency.base import BasePool
+from celery.exceptions import Ignore, Reject, Retry, WorkerLostError
+from celery.worker import state
+from celery.worker.request import Request
+from sqlalchemy.exc import SQLAlchemyError
+
+from db.records import Closed, now
+from tasks import remedy
+from tasks.descendants import kill_descendants
+from tasks.errors import JobTimeout
+from tasks.job import Job, poisoned, token_of
+from tasks.leftovers import remove_temp_files
+from tasks.results import describe
+
+logger = logging.getLogger(__name__)
+
+processed: Final = {"completed": 0, "failed": 0}
+"""How many jobs of this process have ended, for its heartbeat."""
+
+
+class JobRequest(Request):  # type: ignore[misc, unused-ignore]
+    """Celery's request, which knows the job's row."""
+
+    @property
+    def is_job(self) -> bool:
+        return isinstance(self.task, Job) and self.app.is_recorded(self.name)
+
+    time_limits: tuple[float | None, float | None]
+    is_given_back = False
+    _already_revoked: bool
+    _outcome: str | None = "completed"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hard, soft = self.time_limits  # the message's; the task's own may grow with the input
+        if self.is_job and self.task.seconds_per_megabyte and not (hard and soft):
+            own_soft, own_hard = self.task.limits(self.task.arguments.by_name(*self._payload[:2]))
+            self.time_limits = (hard or own_hard, soft or own_soft)
+
+    def acknowledge(self) -> None:
+        if not self.acknowledged and self._outcome is not None:
+            processed[self._outcome] += 1
+        super().acknowledge()
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """A lost child is closed first: queued again, or failed when it was one too many."""
+        exc = getattr(exc_info.exception, "exc", exc_info.exception)
+        self._outcome = None if isinstance(exc, (Retry, Ignore, Reject)) else "failed"
+        if self.is_job and isinstance(exc, TimeLimitExceeded):
+            self._end_at_hard_limit(exc.args[0])
+            return None
+        is_gone = isinstance(exc, (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt))
+        if self.is_job and is_gone:
+            remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
+        if not self.is_job or not is_gone or isinstance(exc, Terminated):
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+        state.task_ready(self)
+        if self._already_revoked or self._already_cancelled or self.is_given_back:
+            return None
+        closed = self._close("its process died")
+        if closed is not None and closed.deaths >= self.app.settings.max_deaths:
+            self._context.publication = closed.publication
+            error = poisoned(closed.deaths, self.app.settings.max_deaths)
+            logger.error("%s[%s]: %s", self.name, self.id, error)
+            self.task.backend.mark_as_failure(self.id, error, request=self._context)
+            self.acknowledge()
+        else:
+            logger.warning("%s[%s]: its process died; it runs again", self.name, self.id)
+            self.reject(requeue=closed is None)  # closed, it is published anew: this message may be settled already
+        return None
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """The hard limit: the child is killed; the job fails, or is tried again where its task says so."""
+        if soft or not self.is_job:
+            super().on_timeout(soft, timeout)
+            return
+        self._end_at_hard_limit(timeout)
+
+    def _end_at_hard_limit(self, limit_s: float) -> None:
+        """Said by the pool twice, as a failure and as a timeout; the child is killed after that."""
+        if self._already_revoked:
+            return
+        self._already_revoked = True  # what the pool says of the killed child is no news either
+        state.task_ready(self)
+        self._kill_what_it_started()
+        error = JobTimeout(self.task.timeout_message("hard", limit_s))
+        logger.error("%s[%s]: %s", self.name, self.id, error)
+        self._outcome = None
+        if not (self.task.retry_on_timeout and self._retry(error)):
+            self._outcome = "failed"
+            self._fail(error)
+        remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
+        self.acknowledge()
+
+    def _fail(self, error: JobTimeout) -> None:
+        """Fail the job, unless another worker has taken it over."""
+        row = self.app.patiently(lambda: self.app.store.job(self.id))
+        if row is None or row["lease"] in (None, self.app.lease):
+            if row is not None and row["lease"] is not None:
+                self._context.attempt = row["attempt"]
+            self.task.backend.mark_as_failure(self.id, error, request=self._context)
+
+    def give_back(self, reason: str) -> None:
+        """The worker stops: the attempt ends without fault of the job, which goes to another worker at once."""
+        self.is_given_back = True
+        self._kill_what_it_started()
+        if self.is_job:
+            self._close(reason, event="released", is_death=False)
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """End the process that runs it, and what that has started.
+
+        Not by SIGTERM, which a pool child only sees between two calls into C.
+        """
+        if not _has_processes(pool):  # it runs to its end, for nothing
+            self._announce_revoked("terminated", True, signal, False)
+            return
+        self._outcome = None
+        self._kill_what_it_started()
+        super().terminate(pool, "SIGKILL" if signal in (None, SIGTERM, "TERM", TERM_SIGNAME) else signal)
+
+    def revoked(self) -> Any:
+        """A later publication was asked for after the revoke; Celery's list of ids knows no replay."""
+        if self.is_job and self._publication > 1:
+            state.revoked.discard(self.id)
+        return super().revoked()
+
+    def stop_cancelled(self, pool: Any) -> None:
+        """Its row is cancelled: end the process that runs it. Pools without processes let it run, for nothing."""
+        if _has_processes(pool) and self in state.active_requests and not self._already_revoked:
+            logger.warning("%s[%s]: cancelled; its process %s is ended", self.name, self.id, self.worker_pid)
+            self.terminate(pool)
+
+    def _kill_what_it_started(self) -> None:
+        if self.worker_pid and self.worker_pid != os.getpid():
+            kill_descendants(self.worker_pid)
+
+    def _close(self, reason: str, *, event: str = "lost", is_death: bool = True) -> Closed | None:
+        store = self.app.store
+        try:
+            row = store.job(self.id)
+            if row is None or row["lease"] != self.app.lease or row["publication"] != self._publication:
+                return None
+            closed: Closed | None = store.close(self.id, row["attempt"], event=event, reason=reason, is_death=is_death)
+            return closed
+        except SQLAlchemyError as exc:
+            logger.warning("%s[%s] is closed later: %s", self.name, self.id, exc)
+            return None
+
+    def _retry(self, error: JobTimeout) -> bool:
+        """Queue the job for its next attempt, if it has one."""
+        retries = self._context.retries or 0
+        if self.task.max_retries is not None and retries >= self.task.max_retries:
+            return False
+        return bool(self.app.patiently(lambda: self._requeue(error, retries)))
+
+    def _requeue(self, error: JobTimeout, retries: int) -> bool:
+        row = self.app.store.job(self.id)
+        if row is None or row["lease"] != self.app.lease or row["publication"] != self._publication:
+            return False
+        requeued = self.app.store.requeue(
+            self.id,
+            attempt=row["attempt"],
+            event="retry",
+            retry_count=retries + 1,
+            run_after_utc=now() + timedelta(seconds=remedy.delay_s(error, retries)),
+            failure=describe(error),
+        )
+        return requeued is not None
+
+    @property
+    def _publication(self) -> int:
+        return int(self._request_dict.get("publication") or 1)
+
+
+def _has_processes(pool: Any) -> bool:
+    """Whether a job of this pool can be ended. The pools threads and solo inherit the method, which raises there."""
+    return getattr(pool.terminate_job, "__func__", None) is not BasePool.terminate_job
+
+
+def running() -> list[JobRequest]:
+    """The requests that this worker's pool runs now."""
+    return [request for request in _snapshot(state.active_requests) if isinstance(request, JobRequest)]
+
+
+def reserved() -> list[str]:
+    """The ids of jobs that this worker has and does not run yet."""
+    return [request.id for request in waiting()]
+
+
+def waiting() -> list[Any]:
+    """The requests of those."""
+    known = {*_snapshot(state.reserved_requests), *_snapshot(state.scheduled_requests)}
+    return list(known - {*_snapshot(state.active_requests)})
+
+
+def _snapshot(requests: Any) -> tuple[Any, ...]:
+    """The members of a set that the main thread goes on changing."""
+    while True:
+        with suppress(RuntimeError):
+            return tuple(requests)

@@ -1,0 +1,132 @@
+"""Graceful stop: a worker that is asked to end lets its jobs finish, and gives back what it can't.
+
+In: SIGTERM, SIGINT or SIGQUIT. Out: at once no more jobs are taken, and those that wait in this process go back to the
+broker. Running jobs have SHUTDOWN_GRACE_S to finish; at its end, at a second signal, or at SIGQUIT, their attempts end
+in their rows (`released`: no death is counted), they are published anew, and the processes that ran them are ended.
+
+Stock Celery waits for ever at SIGTERM, ignores a second one, and leaves rows running at SIGQUIT.
+"""
+
+import logging
+import math
+import os
+import select
+import signal
+import threading
+import time
+from contextlib import suppress
+from typing import Any, Final
+
+from celery import signals
+from celery.platforms import EX_OK
+from celery.worker import state
+from celery.worker.control import control_command
+
+from tasks import request
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S: Final = 0.1
+IDLE_LOOKS: Final = 3
+# How long the main thread may take to leave by itself: it can't where it runs the job, or waits for the broker.
+LEAVE_WITHIN_S: Final = 8.0
+
+
+class GracefulStop:
+    """One worker's way out.
+
+    A signal handler may only write to a pipe: it interrupts the main thread anywhere, with any lock held. A thread
+    reads the pipe and does the rest.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self._worker: Final = worker
+        self._pid: Final = os.getpid()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+
+    def install(self) -> None:
+        """Take over the signals that Celery has handlers for."""
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            signal.signal(signum, self._on_signal)
+        threading.Thread(target=self._run, name="stop", daemon=True).start()
+
+    def _on_signal(self, signum: int, _frame: Any) -> None:
+        if os.getpid() == self._pid:
+            with suppress(BlockingIOError):
+                os.write(self._write, bytes([signum]))
+
+    def _run(self) -> None:
+        """Wait for the first signal, drain, wait for the end, leave."""
+        signum = self._signal_within(math.inf)
+        grace_s = 0.0 if signum == signal.SIGQUIT else self._worker.app.settings.shutdown_grace_s
+        logger.warning(
+            "%s: running jobs have %g s to finish; a second signal gives them back",
+            signal.Signals(signum or signal.SIGTERM).name,
+            grace_s,
+        )
+        if not self._has_begun:
+            state.should_stop = EX_OK
+            return
+        signals.worker_shutting_down.send(sender=self._worker.hostname, sig=signum, how="Warm", exitcode=EX_OK)
+        self._worker.consumer.call_soon(self._drain)
+        if self._is_idle_within(grace_s):
+            state.should_stop = EX_OK
+        else:
+            for job in request.running():
+                logger.warning("%s[%s]: given back, since the worker stops", job.name, job.id)
+                job.give_back("its worker was stopped")
+            state.should_terminate = EX_OK
+        time.sleep(LEAVE_WITHIN_S)
+        self._leave_anyhow()
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the worker consumes."""
+        return getattr(getattr(self._worker, "consumer", None), "task_consumer", None) is not None
+
+    def _drain(self) -> None:
+        """In the event loop: take no more jobs, and give back those that no process runs yet."""
+        if hasattr(self._worker, "upkeep"):
+            self._worker.upkeep.drain()
+        consumer = self._worker.consumer
+        with suppress(*consumer.connection_errors, *consumer.channel_errors):
+            consumer.task_consumer.cancel()
+        if getattr(self._worker, "semaphore", None) is not None:
+            self._worker.semaphore.clear()
+        for waiting in request.waiting():
+            state.task_ready(waiting)
+            waiting.reject(requeue=True)
+
+    def _is_idle_within(self, seconds: float) -> bool:
+        """Wait until nothing runs; False at the end of the grace or at another signal.
+
+        A job that was just handed to a child shows after a moment: one look is not enough.
+        """
+        deadline, idle_looks = time.monotonic() + seconds, 0
+        while idle_looks < IDLE_LOOKS:
+            if time.monotonic() > deadline and request.running():
+                return False
+            if self._signal_within(LOOK_EVERY_S) is not None and request.running():
+                return False
+            idle_looks = 0 if request.running() else idle_looks + 1
+        return True
+
+    def _signal_within(self, seconds: float) -> int | None:
+        timeout = None if seconds == math.inf else seconds
+        readable, _, _ = select.select([self._read], [], [], timeout)
+        return os.read(self._read, 1)[0] if readable else None
+
+    def _leave_anyhow(self) -> None:
+        """A job in this very process can't be ended, nor a wait for a broker; but no attempt runs any more."""
+        logger.warning("the worker leaves without waiting for its main thread; no attempt of it runs any more")
+        for step in ("broadcast", "upkeep"):
+            with suppress(Exception):
+                getattr(self._worker, step).stop(self._worker)
+        os._exit(EX_OK)
+
+
+@control_command(visible=False)  # type: ignore[untyped-decorator, unused-ignore]
+def shutdown(state: Any, msg: str = "", **_: Any) -> None:  # noqa: ARG001 (Celery's signature)
+    """Flower's button and `app.control.shutdown()`: in Celery's own way the lease would go before the jobs end."""
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,199 @@
+"""The upkeep of a worker: threads of its main process that go round once a second.
+
+In: the passing of time. Out: the lease is renewed, the worker is shown, cancelled jobs end, attempts that nothing runs
+are closed, paused queues are left alone; and, in the one worker whose duty that is, due jobs are published and the
+tables reconciled. A round that fails (the database does not answer) is said once and made up for by the next.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from celery import bootsteps
+from kombu.exceptions import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
+
+from db.records import Holder, now
+from tasks import request
+from tasks.mirror import Mirror
+from tasks.reconciler import Reconciler
+
+logger = logging.getLogger(__name__)
+
+ROUND_S: Final = 1.0
+STOP_WITHIN_S: Final = 2.0
+LOOK_FOR_DEAD_CHILDREN_S: Final = 0.25
+SHORTEST_WAIT_S: Final = 0.02
+DUTY: Final = "reconciler"
+PUBLISHED_AT_ONCE: Final = 500
+
+
+class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
+    """Started after the pool has forked, stopped after the consumer has."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self._app: Final = worker.app
+        self._worker: Final = worker
+        self._mirror: Final = Mirror(worker.app, worker)
+        worker.upkeep = self
+
+    def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
+        self._reconciler = Reconciler(self._app)
+        self._beat_due = self._reconcile_due = 0.0
+        self._unclaimed: set[tuple[str, int]] = set()
+        self._paused = self._mirror.paused
+        self._seen_at = now()
+        self._stopping = threading.Event()
+        self._mirror.say("started")
+        # Two threads: a broker that does not answer must not keep the lease from being renewed.
+        rounds = {"upkeep": self.round, "housekeeping": self.keep_house}
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(name, call), name=name, daemon=True)
+            for name, call in rounds.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        for job in request.running():  # a way out that waited for none
+            job.give_back("its worker was stopped")
+        for thread in self._threads:
+            thread.join(timeout=STOP_WITHIN_S)
+        self._mirror.status = "stopped"
+        self._mirror.say("stopped")
+        for leave in (lambda: self._app.store.leave_duty(DUTY, self._app.lease), self._app.leases.release):
+            try:
+                leave()
+            except SQLAlchemyError as exc:
+                logger.warning("left to others to clean up: %s", exc)
+
+    terminate = stop
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Look for dead pool children more often than Celery does.
+
+        A dying child closes its pipes before its parent can wait for it. When the parent is faster, Celery has seen the
+        pipe close, found nobody dead, and looks again up to five seconds later.
+        """
+        if hasattr(worker.pool, "maintain_pool"):
+            hub.call_repeatedly(LOOK_FOR_DEAD_CHILDREN_S, worker.pool.maintain_pool)
+
+    def drain(self) -> None:
+        """The worker takes no more jobs; it is shown at the next round."""
+        self._mirror.status = "draining"
+        self._beat_due = 0.0
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it has ceased to take jobs."""
+        return self._mirror.status is not None
+
+    def _repeat(self, name: str, call: Callable[[], float]) -> None:
+        is_silent = False
+        while not self._stopping.is_set():
+            wait_s = ROUND_S
+            try:
+                wait_s = call()
+                is_silent = False
+            except SQLAlchemyError as exc:
+                if not is_silent:
+                    logger.warning("%s: the job database does not answer: %s", name, exc)
+                is_silent = True
+                self._reconciler.interrupted()
+            except OperationalError as exc:
+                logger.warning("%s: the broker does not answer: %s", name, exc)
+            except Exception:
+                logger.exception("a round of the %s failed; the next one follows", name)
+            self._stopping.wait(wait_s)
+
+    def round(self) -> float:
+        """What this worker owes itself; seconds until the next round."""
+        self._stop_cancelled()
+        if time.monotonic() >= self._beat_due:
+            was_draining = self.is_draining
+            self._mirror.beat()
+            self._close_unclaimed()
+            if was_draining == self.is_draining:  # else that is shown at the next round
+                self._beat_due = time.monotonic() + self._app.settings.lease_renew_s
+        self._keep_pauses()
+        return ROUND_S
+
+    def keep_house(self) -> float:
+        """What one worker does for all, if this is the one; seconds until the next round."""
+        seen_at, self._seen_at = self._seen_at, now()
+        if abs((self._seen_at - seen_at).total_seconds()) > self._app.settings.lease_timeout_s:
+            self._reconciler.interrupted()  # the machine slept, or its clock was set: others are late, too
+        if not self.has_duty(DUTY):
+            return ROUND_S
+        if time.monotonic() >= self._reconcile_due:
+            self._reconcile_due = time.monotonic() + self._app.settings.lease_renew_s
+            self._reconciler.round()
+        wait_s = self._dispatch()
+        if self._reconciler.is_broker_away:
+            self._app.store.leave_duty(DUTY, self._app.lease)
+            return 2 * ROUND_S  # so that a worker which reaches the broker gets it
+        return wait_s
+
+    def _dispatch(self) -> float:
+        """Publish what is due; seconds until the next job is."""
+        if self._reconciler.dispatch(PUBLISHED_AT_ONCE) >= PUBLISHED_AT_ONCE:
+            return 0.0
+        due = self._app.store.next_due()
+        wait_s = ROUND_S if due is None else (due - now()).total_seconds()
+        return min(max(wait_s, SHORTEST_WAIT_S), ROUND_S)
+
+    def has_duty(self, name: str) -> bool:
+        """Whether this worker has a duty; it takes one that nobody alive has."""
+        store, lease = self._app.store, self._app.lease
+        holder = store.duty_holder(name)
+        if holder == lease:
+            return True
+        if holder is not None and self._reconciler.is_alive(holder):
+            return False
+        return bool(store.take_duty(name, lease, after=holder))
+
+    def _stop_cancelled(self) -> None:
+        """End the processes of jobs that were cancelled while they ran."""
+        jobs = {job.id: job for job in request.running() if job.is_job}
+        if not jobs:
+            return
+        for job_id in self._app.store.cancelled_of(jobs):
+            self._soon(jobs[job_id].stop_cancelled, self._worker.pool)
+
+    def _close_unclaimed(self) -> None:
+        """Close attempts of this worker that nothing runs: their processes died while the database was away."""
+        me = Holder(self._app.lease, self._app.worker_id, "", now())
+        running = {job.id for job in request.running()} | set(request.reserved())
+        unclaimed = {
+            (row["job_id"], row["attempt"]) for row in self._app.store.held_by(me) if row["job_id"] not in running
+        }
+        for job_id, attempt in unclaimed & self._unclaimed:
+            self._app.store.close(job_id, attempt, reason="its process died, and nothing runs it any more")
+        self._unclaimed = unclaimed
+
+    def _keep_pauses(self) -> None:
+        """Stop to take from queues that are paused, begin again with those that no longer are."""
+        consumer = getattr(self._worker, "consumer", None)
+        if consumer is None or getattr(consumer, "task_consumer", None) is None or self._mirror.status is not None:
+            return
+        paused = set(self._app.store.paused_queues())
+        for queue in paused & set(self._app.amqp.queues.consume_from):
+            logger.warning("the queue %s is paused", queue)
+            self._paused.add(queue)
+            self._soon(consumer.cancel_task_queue, queue)
+        for queue in self._paused - paused:
+            logger.warning("the queue %s is resumed", queue)
+            self._paused.discard(queue)
+            self._soon(consumer.add_task_queue, queue)
+
+    def _soon(self, call: Callable[..., Any], *args: Any) -> None:
+        """Call in the worker's event loop: pool and consumer belong to the main thread."""
+        self._worker.consumer.call_soon(call, *args)
