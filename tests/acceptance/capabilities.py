@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,14 @@ def recover(file: str, failures: int = 1) -> int:
 
 
 @app.task
+def recover_when(file: str, number: int) -> int:
+    """Fail for good until somebody has made the file: replayed then, it works."""
+    if not Path(file).exists():
+        raise LimitExceeded(f"{file} is missing; make it, and replay this job")
+    return number
+
+
+@app.task
 def kill_its_worker(file: str) -> None:
     """A file that crashes the library which reads it."""
     _append(file, "run")
@@ -123,6 +133,44 @@ def secret_keeper(password: str) -> dict[str, str]:
 def unreadable(input: InputPath, output: OutputPath) -> object:  # noqa: A002 (the name of the contract)
     """Its result can't be written as JSON."""
     return object()
+
+
+@app.task
+def stay(file: str, seconds: float, started: bool = False) -> str:
+    """Take its time; a soft time limit interrupts it. With `started`, a program does, in a session of its own."""
+    _append(file, "begin")
+    if started:
+        child = subprocess.Popen(["sleep", str(seconds)], start_new_session=True)
+        _append(str(Path(file).with_suffix(".started")), str(child.pid))
+    time.sleep(seconds)
+    _append(file, "end")
+    return "stayed"
+
+
+@app.task
+def stay_whatever(file: str, seconds: float) -> str:
+    """A call into C that no soft time limit interrupts."""
+    _append(file, "begin")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(Exception):
+            time.sleep(deadline - time.monotonic())
+    return "stayed"
+
+
+@app.task(retry_on_timeout=True)
+def hurry(file: str, seconds: float) -> int:
+    """Take its time at the first attempt only; a time limit is an error that may pass."""
+    _append(file, "run")
+    runs = len(Path(file).read_text().splitlines())
+    if runs == 1:
+        time.sleep(seconds)
+    return runs
+
+
+@app.task
+def exhaust_memory() -> None:
+    raise MemoryError("as numpy says it")
 
 
 def _append(file: str, line: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kombu import pools
 
 from tasks.settings import settings
 from tests.tooling.waiting import eventually
@@ -33,11 +34,15 @@ class Deployment:
         self._numbers = itertools.count(1)
 
     def start_worker(
-        self, *args: str, env: Mapping[str, Any] | None = None, ready_timeout_s: float = READY_TIMEOUT_S
+        self,
+        *args: str,
+        env: Mapping[str, Any] | None = None,
+        plug_in: str = "tests.acceptance.capabilities",
+        ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> Worker:
         """A real worker, which also finds the tests' capabilities; waits until it is ready."""
         number = next(self._numbers)
-        plug_ins = install_entry_point(self._log_dir / "plug-ins", "tests.acceptance.capabilities")
+        plug_ins = install_entry_point(self._log_dir / f"plug-ins-{plug_in}", plug_in)
         path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(plug_ins)]), "WORKER_ID": f"w{number}"}
         log_path = self._log_dir / f"worker-{number}.log"
         worker = Worker(*args, env={**path, **self.env, **(env or {})}, log_path=log_path)
@@ -114,12 +119,11 @@ def deployed(server_dir: Path, log_dir: Path, env: Mapping[str, Any] | None = No
 
 def forget_settings(app: Any) -> None:
     """Have the app read its settings again, at the next use, and close what it opened with the old ones."""
-    if app._pool is not None:
-        app._pool.force_close_all()
+    pools.reset()  # kombu keeps closed ones, and finds them again by their URL
     app._pool = app._conf = app._backend_cache = None
     if "store" in app.__dict__:
         app.store.database.close()
-    for name in ("settings", "store", "amqp", "worker_id"):
+    for name in ("settings", "store", "amqp", "worker_id", "leases", "lease"):
         app.__dict__.pop(name, None)
     settings.cache_clear()
     sys.modules.pop("celeryconfig", None)

@@ -1,0 +1,343 @@
+"""The table of guarantees, row by row: embedded broker with SQLite, RabbitMQ and Redis with PostgreSQL."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import pyvips
+from celery import chain
+from kombu import Connection
+
+from db import schema
+from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
+from tests.acceptance.test_deaths import Lock
+from tests.tooling import processes
+from tests.tooling.waiting import eventually
+
+pytestmark = pytest.mark.slow
+
+COMPLETED = ["created", "claimed", "started", "completed"]
+TAKEN_OVER = ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
+GET = {"timeout": 60}
+BROKERS = ["embedded", "rabbitmq", "redis"]
+AGAIN_WITHIN_S = {"embedded": 3, "rabbitmq": 5, "redis": 30}
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request):
+    return request.param
+
+
+@pytest.fixture
+def own(request, broker, server_dir, tmp_path):
+    env = {}
+    if broker != "embedded":
+        env["CELERY_BROKER_URL"] = request.getfixturevalue(f"fresh_{broker}_url")
+        env["DATABASE_URL"] = request.getfixturevalue("fresh_postgres_url")
+    with deployed(server_dir, tmp_path, env) as deployment:
+        if broker != "embedded":
+            schema.upgrade(deployment.app.store.database)
+        yield deployment
+
+
+@pytest.fixture
+def task(own):
+    return own.task
+
+
+def empty(own, broker):
+    """Take away all that the broker holds, as an operator does by mistake."""
+    if broker == "embedded":
+        for path in own.server_dir.glob("broker.db*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif broker == "redis":
+        with Connection(own.env["CELERY_BROKER_URL"]) as connection:
+            connection.default_channel.client.flushdb()
+    else:
+        with Connection(own.env["CELERY_BROKER_URL"]) as connection:
+            for queue in ("note", "add", "image_resize"):
+                with connection.channel() as channel:
+                    try:
+                        channel.queue_purge(queue)
+                    except connection.channel_errors:
+                        continue
+
+
+def events_of_all(own, jobs):
+    return {tuple(own.events(job)) for job in jobs}
+
+
+class TestPoolChildKilled:
+    def test_it_runs_again_within_seconds_and_its_neighbour_is_left_alone(self, own, task, broker, tmp_path):
+        own.start_worker("--concurrency=2")
+        job = task.note.delay(str(tmp_path / "runs"), "job", 6.0)
+        neighbour = task.note.delay(str(tmp_path / "neighbour"), "neighbour", 6.0)
+        eventually(lambda: lines(tmp_path / "runs") and lines(tmp_path / "neighbour"), 20)
+
+        kill_pool_child_that_notes(tmp_path / "runs")
+
+        eventually(lambda: len(lines(tmp_path / "runs", "begin")) == 2, AGAIN_WITHIN_S[broker])
+        assert job.get(**GET) == "job"
+        assert neighbour.get(**GET) == "neighbour"
+        assert own.events(job) == TAKEN_OVER
+        assert own.events(neighbour) == COMPLETED
+
+    def test_after_three_deaths_it_fails_with_the_reason_and_its_neighbours_are_unharmed(self, own, task, tmp_path):
+        worker = own.start_worker("--concurrency=2")
+        poison = task.kill_its_worker.delay(str(tmp_path / "runs"))
+        neighbours = [task.note.delay("/dev/null", str(n), 0.2) for n in range(12)]
+
+        row = own.wait_for(poison, "failed", timeout_s=60)
+
+        assert (row["error_type"], row["deaths"]) == ("WorkerLost", 3)
+        assert "MAX_DEATHS=3" in row["error_message"]
+        assert lines(tmp_path / "runs") == ["run"] * 3
+        assert [neighbour.get(**GET) for neighbour in neighbours] == [str(n) for n in range(12)]
+        assert worker.is_alive()
+
+    def test_what_waits_for_a_job_that_kills_its_workers_fails_with_it(self, own, task, tmp_path):
+        own.start_worker("--concurrency=2")
+        steps = chain(task.kill_its_worker.si(str(tmp_path / "runs")), task.add.si(1, 1))()
+
+        row = own.wait_for(steps, "failed", timeout_s=60)
+
+        assert row["error_type"] == "WorkerLost"
+        assert own.events(steps) == ["created", "failed"]
+
+
+class TestWholeWorkerKilled:
+    def test_it_runs_again_on_another_worker_in_time(self, own, task, broker, tmp_path):
+        first = own.start_worker("--concurrency=1")
+        job = task.note.delay(str(tmp_path / "runs"), "job", 40.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        own.start_worker("--concurrency=1")
+
+        first.kill9_everything()
+
+        eventually(lambda: len(lines(tmp_path / "runs", "begin")) == 2, AGAIN_WITHIN_S[broker])
+        row = own.wait_for(job, "running")
+        assert (row["claimed_by"], row["deaths"]) == ("w2", 1)
+        assert {worker["worker_id"]: worker["status"] for worker in own.app.store.workers()}["w2"] in ("busy", "idle")
+
+    def test_a_worker_that_is_started_again_under_its_name_goes_on(self, own, task, tmp_path):
+        first = own.start_worker("--concurrency=1", env={"WORKER_ID": "same"})
+        job = task.note.delay(str(tmp_path / "runs"), "job", 3.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+
+        first.kill9_everything()
+        own.start_worker("--concurrency=1", env={"WORKER_ID": "same"})
+
+        assert job.get(**GET) == "job"
+        assert own.events(job) == TAKEN_OVER
+        assert lines(tmp_path / "runs") == ["begin job", "begin job", "end job"]
+
+    def test_a_job_that_kills_whole_workers_fails_too(self, own, task, tmp_path):
+        job = task.note.delay(str(tmp_path / "runs"), "job", 60.0)
+
+        for death in range(1, 4):
+            worker = own.start_worker("--concurrency=1")
+            eventually(lambda death=death: len(lines(tmp_path / "runs", "begin")) == death, 40)
+            worker.kill9_everything()
+        own.start_worker("--concurrency=1")
+
+        row = own.wait_for(job, "failed", timeout_s=40)
+        assert (row["error_type"], row["deaths"]) == ("WorkerLost", 3)
+        assert len(lines(tmp_path / "runs", "begin")) == 3
+
+
+class TestBrokerEmptied:
+    def test_every_job_is_completed_once_within_ninety_seconds(self, own, task, broker, tmp_path):
+        own.start_worker("--concurrency=2")
+        running = [task.note.delay(str(tmp_path / f"running-{n}"), "running", 3.0) for n in range(2)]
+        eventually(lambda: all(lines(tmp_path / f"running-{n}") for n in range(2)), 20)
+        waiting = [task.note.delay(str(tmp_path / f"waiting-{n}"), str(n), 0.05) for n in range(40)]
+
+        empty(own, broker)
+
+        assert [job.get(timeout=90) for job in waiting] == [str(n) for n in range(40)]
+        assert [job.get(**GET) for job in running] == ["running"] * 2
+        assert all(len(lines(tmp_path / f"waiting-{n}")) == 2 for n in range(40))
+        assert all(len(lines(tmp_path / f"running-{n}")) == 2 for n in range(2))
+
+
+class TestDuplicateDeliveryAndZombies:
+    def test_an_attempt_that_was_taken_over_neither_completes_nor_writes(self, own, task, tmp_path):
+        own.start_worker("--concurrency=2")
+        job = task.note.delay(str(tmp_path / "runs"), "job", 4.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        row = own.wait_for(job, "running")
+
+        # As the reconciler does with an attempt whose holder is silent, while this one in truth goes on.
+        own.app.store.close(job.id, row["attempt"], reason="taken for dead")
+
+        assert job.get(**GET) == "job"
+        eventually(lambda: len(lines(tmp_path / "runs", "end")) == 2, 20)
+        assert own.events(job) == TAKEN_OVER
+
+    def test_a_zombie_leaves_the_output_of_its_successor_alone(self, own, task, tmp_path):
+        own.start_worker("--concurrency=2", "-Q", "image_resize")
+        (pyvips.Image.perlin(5000, 5000, cell_size=50) * 100 + 128).cast("uchar").pngsave(
+            str(tmp_path / "in.png"), compression=1
+        )
+        job = task.image_resize.delay(tmp_path / "in.png", tmp_path / "out.webp", width=2000)
+        row = own.wait_for(job, "running")
+
+        own.app.store.close(job.id, row["attempt"], reason="taken for dead")
+
+        assert job.get(**GET)["width"] == 2000
+        assert own.row(job)["status"] == "completed"
+        assert own.events(job).count("completed") == 1
+        eventually(lambda: list(tmp_path.glob(".media-tasks-*")) == [], 20)
+
+    def test_a_worker_that_is_stopped_and_continued_does_no_job_twice(self, own, task, tmp_path):
+        first = own.start_worker("--concurrency=1")
+        jobs = [task.note.delay(str(tmp_path / f"{n}"), str(n), 0.3) for n in range(10)]
+        eventually(lambda: lines(tmp_path / "0"), 20)
+
+        first.signal(signal.SIGSTOP)
+        own.start_worker("--concurrency=1")
+        time.sleep(2)
+        first.signal(signal.SIGCONT)
+
+        assert [job.get(**GET) for job in jobs] == [str(n) for n in range(10)]
+        assert events_of_all(own, jobs) == {tuple(COMPLETED)}
+        assert all(lines(tmp_path / str(n)) == [f"begin {n}", f"end {n}"] for n in range(10))
+
+
+class TestDatabaseAway:
+    @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
+    def test_locked_jobs_wait_and_none_fails(self, own, task, tmp_path):
+        own.start_worker("--concurrency=2")
+        running = task.note.delay(str(tmp_path / "runs"), "job", 1.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+
+        with Lock(own.server_dir / "media_store.db", 7.0):
+            pass
+
+        assert running.get(**GET) == "job"
+        assert own.events(running) == COMPLETED
+
+    def test_a_server_that_restarts_delays_jobs_and_fails_none(self, private_postgres, server_dir, tmp_path):
+        server = private_postgres()
+        with server.server.database() as url, deployed(server_dir, tmp_path, {"DATABASE_URL": url}) as own:
+            schema.upgrade(own.app.store.database)
+            own.start_worker("--concurrency=2")
+            jobs = [own.task.note.delay(str(tmp_path / f"{n}"), str(n), 1.0) for n in range(4)]
+            eventually(lambda: lines(tmp_path / "0"), 20)
+
+            server.stop()
+            time.sleep(3)
+            server.start()
+
+            assert [job.get(**GET) for job in jobs] == ["0", "1", "2", "3"]
+            assert all(own.row(job)["status"] == "completed" for job in jobs)
+            assert all(lines(tmp_path / str(n))[-1] == f"end {n}" for n in range(4))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("broker", ["embedded"], indirect=True)
+class TestDiskFull:
+    def test_it_is_retried_and_works_once_there_is_space(self, small_disk, own, task, tmp_path):
+        own.start_worker("--concurrency=1")
+        pyvips.Image.gaussnoise(900, 900).cast("uchar").pngsave(str(tmp_path / "in.png"))
+        (small_disk / "filler").write_bytes(b"x" * 900_000)
+
+        job = task.image_resize.delay(tmp_path / "in.png", small_disk / "out.png", width=800)
+        eventually(lambda: "retry" in own.events(job), 20)
+        row = own.row(job)
+        assert (row["error_type"], row["retry_count"]) == ("DiskFull", 1)
+        assert str(small_disk / "out.png") in row["error_message"]
+        assert os.listdir(small_disk) == ["filler"]  # noqa: PTH208
+        (small_disk / "filler").unlink()
+
+        assert job.get(**GET)["width"] == 800
+        assert own.row(job)["error_type"] is None
+
+    def test_it_fails_with_the_path_after_three_attempts(self, small_disk, own, task, tmp_path):
+        own.start_worker("--concurrency=1")
+        pyvips.Image.gaussnoise(2000, 2000).cast("uchar").pngsave(str(tmp_path / "in.png"))
+
+        job = task.image_resize.delay(tmp_path / "in.png", small_disk / "out.png", width=1900)
+
+        row = own.wait_for(job, "failed", timeout_s=40)
+        assert (row["error_type"], row["retry_count"]) == ("DiskFull", 2)
+        assert str(small_disk / "out.png") in row["error_message"]
+        assert own.events(job).count("retry") == 2
+        assert os.listdir(small_disk) == []  # noqa: PTH208
+
+
+class TestCancel:
+    def test_a_queued_job_never_starts_also_after_a_restart(self, own, task, tmp_path):
+        from tasks import control
+
+        job = task.note.delay(str(tmp_path / "never"), "job")
+
+        assert control.cancel(job.id, "not wanted", app=own.app)
+        own.start_worker("--concurrency=1")
+        after = task.note.delay(str(tmp_path / "after"), "after")
+
+        assert after.get(**GET) == "after"
+        assert not (tmp_path / "never").exists()
+        assert own.row(job)["status"] == "cancelled"
+        assert job.state == "REVOKED"
+
+    def test_the_process_of_a_running_job_is_gone_within_three_seconds(self, own, task, tmp_path):
+        from tasks import control
+
+        own.start_worker("--concurrency=1")
+        job = task.note.delay(str(tmp_path / "runs"), "job", 60.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        own.wait_for(job, "running")
+        pid = int(lines(tmp_path / "runs.pid")[-1])
+
+        control.cancel(job.id, app=own.app)
+
+        eventually(lambda: not processes.is_running(pid), 3)
+        after = task.add.delay(1, 1)
+        assert after.get(**GET) == 2
+        assert own.events(job) == ["created", "claimed", "started", "cancelled"]
+        assert lines(tmp_path / "runs") == ["begin job"]
+
+    def test_temp_files_of_a_running_job_are_removed(self, own, task, tmp_path):
+        from tasks import control
+
+        own.start_worker("--concurrency=1", "-Q", "image_conversion")
+        (pyvips.Image.perlin(6000, 6000, cell_size=50) * 100 + 128).cast("uchar").pngsave(
+            str(tmp_path / "in.png"), compression=1
+        )
+        job = task.image_conversion.delay(tmp_path / "in.png", tmp_path / "out.avif")
+        eventually(lambda: list(tmp_path.glob(".media-tasks-*")), 20)
+
+        control.cancel(job.id, app=own.app)
+
+        eventually(lambda: not list(tmp_path.glob(".media-tasks-*")), 3)
+        assert not (tmp_path / "out.avif").exists()
+        assert own.row(job)["status"] == "cancelled"
+
+    def test_what_waits_for_a_cancelled_job_is_cancelled(self, own, task, tmp_path):
+        from tasks import control
+
+        steps = chain(task.add.s(1, 1), task.add.s(2), task.note_parts.s(str(tmp_path / "never")))()
+
+        control.cancel(steps.parent.parent.id, app=own.app)
+
+        assert own.row(steps)["status"] == own.row(steps.parent)["status"] == "cancelled"
+        own.start_worker("--concurrency=1")
+        assert task.add.delay(1, 1).get(**GET) == 2
+        assert not (tmp_path / "never").exists()

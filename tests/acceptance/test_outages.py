@@ -1,0 +1,89 @@
+"""Brokers and databases that are away or frozen: workers outlive them, and no job is lost or counted dead."""
+
+import time
+
+import pytest
+
+from db.records import now
+from tests.acceptance.deployment import deployed, lines
+from tests.acceptance.test_deaths import Lock
+from tests.tooling.waiting import eventually
+
+pytestmark = pytest.mark.slow
+COMPLETED = ["created", "claimed", "started", "completed"]
+GET = {"timeout": 60}
+
+
+@pytest.fixture
+def redis(private_redis):
+    return private_redis()
+
+
+@pytest.fixture
+def on_redis(redis, server_dir, tmp_path):
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": redis.url}) as deployment:
+        yield deployment
+
+
+def test_a_worker_outlives_restarts_of_redis_in_mid_job(redis, on_redis, tmp_path):
+    worker = on_redis.start_worker("--concurrency=2")
+
+    for number in range(3):
+        job = on_redis.task.note.delay(str(tmp_path / f"{number}"), "job", 3.0)
+        eventually(lambda number=number: lines(tmp_path / f"{number}"), 30)
+        redis.stop()
+        redis.start()
+
+        assert job.get(**GET) == "job"
+        assert lines(tmp_path / f"{number}") == ["begin job", "end job"]
+        assert on_redis.events(job) == COMPLETED
+    assert worker.is_alive()
+    assert on_redis.task.add.delay(1, 1).get(**GET) == 2
+
+
+def test_a_frozen_broker_keeps_no_lease_from_being_renewed(redis, on_redis, tmp_path):
+    worker = on_redis.start_worker("--concurrency=1")
+    job = on_redis.task.note.delay(str(tmp_path / "runs"), "job", 25.0)
+    eventually(lambda: lines(tmp_path / "runs"), 20)
+
+    redis.pause()
+    deadline = time.monotonic() + 20
+    oldest_s = 0.0
+    while time.monotonic() < deadline:
+        (holder,) = on_redis.app.store.holders()
+        oldest_s = max(oldest_s, (now() - holder.renewed_at).total_seconds())
+        time.sleep(0.5)
+    redis.resume()
+
+    assert oldest_s < 9, "renewed every 5 s"
+    assert job.get(**GET) == "job"
+    assert on_redis.events(job) == COMPLETED
+    assert worker.is_alive()
+
+
+def test_a_worker_that_is_started_while_the_database_is_locked_waits_for_it(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path) as own:
+        own.app.store.counts()  # makes the tables
+        with Lock(own.server_dir / "media_store.db", 9.0):
+            worker = own.start_worker("--concurrency=1", ready_timeout_s=0)
+            worker.wait_for_log("the job database does not answer", 20)
+        worker.wait_until_ready(40)
+
+        assert own.task.add.delay(1, 1).get(**GET) == 2
+
+
+def test_a_producer_publishes_while_the_embedded_brokers_file_is_deleted_again_and_again(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path) as own:
+        own.start_worker("--concurrency=2")
+        jobs = []
+        for number in range(200):
+            if number % 40 == 20:
+                for path in own.server_dir.glob("broker.db*"):
+                    if path.is_file():
+                        path.unlink()
+            jobs.append(own.task.add.delay(number, 0))
+
+        assert [job.get(timeout=90) for job in jobs] == list(range(200))
+        assert {tuple(event for event in own.events(job) if event != "republished") for job in jobs} == {
+            tuple(COMPLETED)
+        }

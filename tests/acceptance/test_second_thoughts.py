@@ -1,0 +1,166 @@
+"""People change their minds: jobs are cancelled, revoked and replayed, in every pool and in canvases."""
+
+import json
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from celery import chain, chord
+from kombu import Queue
+
+from tasks import control
+from tests.acceptance.deployment import deployed, lines
+from tests.tooling.waiting import eventually
+
+COMPLETED = ["created", "claimed", "started", "completed"]
+GET = {"timeout": 30}
+
+
+@pytest.fixture
+def own(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def task(own):
+    return own.task
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_a_pool_without_processes_survives_the_cancel_of_a_running_job(own, task, tmp_path, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
+    job = task.note.delay(str(tmp_path / "runs"), "job", 4.0)
+    eventually(lambda: lines(tmp_path / "runs"), 15)
+    own.wait_for(job, "running")
+
+    control.cancel(job.id, app=own.app)
+
+    assert task.add.delay(1, 1).get(**GET) == 2
+    assert worker.is_alive()
+    assert own.events(job) == ["created", "claimed", "started", "cancelled"]
+
+
+def test_a_revoked_job_can_be_replayed(own, task, tmp_path):
+    own.start_worker("--concurrency=1")
+    blocker = task.note.delay(str(tmp_path / "blocker"), "", 2.0)
+    eventually(lambda: lines(tmp_path / "blocker"), 15)
+    job = task.add.delay(40, 2)
+    job.revoke()
+    own.wait_for(job, "cancelled")
+    blocker.get(**GET)
+
+    assert control.replay(job.id, app=own.app)
+
+    assert job.get(**GET) == 42
+    assert own.events(job) == ["created", "cancelled", "replayed", "claimed", "started", "completed"]
+
+
+def test_the_cancel_of_a_running_step_starts_no_next_one(own, task, tmp_path):
+    own.start_worker("-P", "threads", "--concurrency=2")
+    steps = chain(task.note.si(str(tmp_path / "first"), "first", 3.0), task.note.si(str(tmp_path / "second")))()
+    eventually(lambda: lines(tmp_path / "first"), 15)
+    own.wait_for(steps.parent, "running")
+
+    control.cancel(steps.parent.id, app=own.app)
+    eventually(lambda: lines(tmp_path / "first", "end"), 15)
+
+    assert task.add.delay(1, 1).get(**GET) == 2
+    time.sleep(1.5)  # a dispatcher's round
+    assert own.row(steps)["status"] == "cancelled"
+    assert not (tmp_path / "second").exists()
+
+
+def test_the_body_of_a_chord_runs_when_its_failed_member_is_replayed(own, task, tmp_path):
+    own.start_worker("--concurrency=2")
+    header = [task.add.s(1, 1), task.recover_when.s(str(tmp_path / "mended"), 5)]
+    result = chord(header, task.total.s())()
+    own.wait_for(result, "failed")
+    (tmp_path / "mended").touch()
+
+    assert control.replay(result.parent[1].id, app=own.app)
+
+    own.wait_for(result, "completed")
+    assert own.row(result)["result_data"] == 7
+
+
+def test_the_rest_of_a_chain_runs_when_its_failed_step_is_replayed(own, task, tmp_path):
+    own.start_worker("--concurrency=2")
+    result = chain(task.recover_when.s(str(tmp_path / "mended"), 5), task.add.s(10))()
+    own.wait_for(result, "failed")
+    (tmp_path / "mended").touch()
+
+    assert control.replay(result.parent.id, app=own.app)
+
+    own.wait_for(result, "completed")
+    assert own.row(result)["result_data"] == 15
+
+
+def test_a_step_that_was_never_sent_is_not_replayed_by_itself(own, task):
+    from tasks.errors import InvalidArguments
+
+    own.start_worker("--concurrency=1")
+    result = chain(task.fail.si(), task.add.s(10))()
+    own.wait_for(result, "failed")
+
+    with pytest.raises(InvalidArguments, match="replay that one"):
+        control.replay(result.id, app=own.app)
+
+
+def test_a_shutdown_from_afar_lets_running_jobs_finish(own, task, tmp_path):
+    worker = own.start_worker("--concurrency=1")
+    job = task.note.delay(str(tmp_path / "runs"), "job", 3.0)
+    eventually(lambda: lines(tmp_path / "runs"), 15)
+
+    own.app.control.shutdown()
+
+    assert worker.wait(20) == 0
+    assert own.events(job) == COMPLETED
+    assert lines(tmp_path / "runs") == ["begin job", "end job"]
+
+
+def test_a_paused_queue_is_served_by_its_workers_and_takes_jobs(own, task):
+    own.start_worker("--concurrency=1", "-Q", "add")
+    control.pause("add", "maintenance", app=own.app)
+    job = task.add.delay(1, 1)
+    eventually(lambda: "is paused" in own.workers[0].log(), 10)
+    time.sleep(1)
+
+    reasons = [chapter.text for chapter in control.explain(job.id, app=own.app) if chapter.event == "waits"]
+    assert reasons == ["add is paused: maintenance"]
+    assert own.app.live_workers()[0]["capabilities"] == ["add"]
+
+    control.resume("add", app=own.app)
+    assert job.get(**GET) == 2
+
+
+def test_an_eager_run_with_an_error_that_passes_fails_at_once(own, task, tmp_path):
+    result = task.recover.apply((str(tmp_path / "runs"),))
+
+    assert result.state == "FAILURE"
+    assert own.row(result)["status"] == "failed"
+
+
+def test_a_message_of_another_client_that_is_due_later_keeps_all_that_it_asks_for(own):
+    own.start_worker("--concurrency=1")
+    eta = (datetime.now(UTC) + timedelta(seconds=4)).isoformat()
+    expires = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    headers = {
+        "lang": "py", "task": "add", "id": "from-elsewhere", "root_id": "from-elsewhere", "retries": 0, "eta": eta,
+        "expires": expires, "timelimit": [30, 20], "group_index": 3,
+    }  # fmt: skip
+    body = json.dumps([[40, 2], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+    with own.app.connection_for_write() as connection, connection.channel() as channel:
+        connection.Producer(channel).publish(
+            body, routing_key="add", declare=[Queue("add", durable=True)], headers=headers, priority=9,
+            content_type="application/json", content_encoding="utf-8",
+        )  # fmt: skip
+
+    eventually(lambda: own.app.store.job("from-elsewhere"), 10)
+    row = own.row("from-elsewhere")
+    assert (row["status"], row["published_at"], row["priority"], row["group_index"]) == ("queued", None, 9, 3)
+    assert row["expires_at"].isoformat() == expires
+    assert row["message"]["options"]["time_limit"] == 30
+    assert list(own.app.control.inspect(timeout=2).scheduled().values()) == [[]], "no worker holds it in its memory"
+    own.wait_for("from-elsewhere", "completed")
+    assert own.row("from-elsewhere")["started_at"] >= row["run_after_utc"]

@@ -1,0 +1,145 @@
+"""However a worker is asked to stop, no row is left running, and what it did not finish runs elsewhere."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.acceptance.deployment import deployed, lines
+from tests.tooling.waiting import eventually
+
+pytestmark = pytest.mark.slow
+
+COMPLETED = ["created", "claimed", "started", "completed"]
+RELEASED = ["created", "claimed", "started", "released", "claimed", "started", "completed"]
+GET = {"timeout": 30}
+POOLS = ["prefork", "threads", "solo"]
+
+
+@pytest.fixture
+def own(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path, {"SHUTDOWN_GRACE_S": 20}) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def task(own):
+    return own.task
+
+
+def running_job(own, task, tmp_path, seconds):
+    job = task.note.delay(str(tmp_path / "runs"), "job", seconds)
+    eventually(lambda: lines(tmp_path / "runs"), 15)
+    own.wait_for(job, "running")
+    return job
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_running_jobs_finish_and_the_worker_leaves(own, task, tmp_path, pool, signum):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
+    job = running_job(own, task, tmp_path, 2.0)
+
+    worker.signal(signum)
+
+    assert worker.wait() == 0
+    assert own.events(job) == COMPLETED
+    assert lines(tmp_path / "runs") == ["begin job", "end job"]
+    (shown,) = own.app.store.workers()
+    assert (shown["status"], shown["current_tasks"]) == ("stopped", [])
+    assert own.app.store.holders() == []
+
+
+def test_jobs_that_wait_in_the_worker_go_back_at_once(own, task, tmp_path):
+    worker = own.start_worker("--concurrency=1")
+    job = running_job(own, task, tmp_path, 4.0)
+    others = [task.add.delay(n, n) for n in range(5)]
+
+    worker.terminate()
+    second = own.start_worker("--concurrency=1")
+
+    assert [other.get(timeout=15) for other in others] == [0, 2, 4, 6, 8]
+    assert {own.row(other)["claimed_by"] for other in others} == {"w2"}
+    assert job.get(**GET) == "job"
+    assert worker.wait() == 0
+    assert own.events(job) == COMPLETED
+    assert second.is_alive()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_at_the_end_of_the_grace_running_jobs_are_given_back(own, task, tmp_path, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1", env={"SHUTDOWN_GRACE_S": 1})
+    job = running_job(own, task, tmp_path, 20.0)
+
+    worker.terminate()
+
+    row = own.wait_for(job, "queued", timeout_s=10)
+    assert worker.wait(25) == 0
+    assert (row["deaths"], row["retry_count"]) == (0, 0)
+    assert own.events(job) == ["created", "claimed", "started", "released"]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_second_signal_gives_running_jobs_back(own, task, tmp_path, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
+    job = running_job(own, task, tmp_path, 25.0)
+
+    worker.terminate()
+    worker.wait_for_log("running jobs have", 10)
+    worker.terminate()
+
+    own.wait_for(job, "queued", timeout_s=10)
+    assert worker.wait(25) == 0
+    assert own.events(job) == ["created", "claimed", "started", "released"]
+
+
+def test_sigquit_gives_running_jobs_back_and_another_worker_runs_them(own, task, tmp_path):
+    worker = own.start_worker("--concurrency=1")
+    job = running_job(own, task, tmp_path, 6.0)
+    own.start_worker("--concurrency=1")
+
+    worker.signal(signal.SIGQUIT)
+
+    assert job.get(**GET) == "job"
+    assert worker.wait() == 0
+    assert own.events(job) == RELEASED
+    assert (own.row(job)["claimed_by"], own.row(job)["deaths"]) == ("w2", 0)
+
+
+def test_a_worker_that_is_stopped_while_it_starts_leaves_nothing(own, tmp_path):
+    worker = own.start_worker("--concurrency=1", ready_timeout_s=0)
+    eventually(lambda: own.app.store.holders(), 20)
+
+    worker.terminate()
+
+    assert worker.wait(20) == 0
+    assert own.app.store.holders() == []
+
+
+def test_a_worker_stops_while_the_database_is_locked_and_the_job_ends_elsewhere(own, task, tmp_path):
+    from tests.acceptance.test_deaths import Lock
+
+    worker = own.start_worker("--concurrency=1", env={"SHUTDOWN_GRACE_S": 1})
+    job = running_job(own, task, tmp_path, 8.0)
+
+    with Lock(own.server_dir / "media_store.db", 9.0):
+        worker.terminate()
+        time.sleep(0.1)
+    assert worker.wait(40) == 0
+    own.start_worker("--concurrency=1")
+
+    assert job.get(timeout=40) == "job"
+    assert own.row(job)["status"] == "completed"
+    assert own.app.store.jobs(status="running") == []
+
+
+def test_children_do_not_take_the_signal_of_the_terminal_for_theirs(own, task, tmp_path):
+    """Ctrl+C goes to the whole process group: the job finishes, since only the main process decides."""
+    worker = own.start_worker("--concurrency=1")
+    job = running_job(own, task, tmp_path, 2.0)
+
+    os.killpg(worker.pid, signal.SIGINT)
+
+    assert worker.wait() == 0
+    assert own.events(job) == COMPLETED

@@ -1,0 +1,114 @@
+"""A job that takes too long ends: with a clear failure, or a retry where its task says so; never in a stuck row."""
+
+import pytest
+
+from tests.acceptance.deployment import lines
+from tests.tooling import processes
+from tests.tooling.waiting import eventually
+
+GET = {"timeout": 30}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worker(deployment):
+    deployment.start_worker("--concurrency=2")
+
+
+@pytest.fixture
+def task(deployment):
+    return deployment.task
+
+
+def test_the_soft_limit_interrupts_a_job_and_says_so(deployment, task, tmp_path):
+    job = task.stay.apply_async((str(tmp_path / "runs"), 30.0), soft_time_limit=1)
+
+    row = deployment.wait_for(job, "failed")
+
+    assert row["error_type"] == "JobTimeout"
+    assert "stay ran longer than its soft time limit of 1 s" in row["error_message"]
+    assert "soft_time_limit" in row["error_message"]
+    assert lines(tmp_path / "runs") == ["begin"]
+    assert deployment.events(job) == ["created", "claimed", "started", "failed"]
+
+
+def test_the_hard_limit_ends_a_call_that_nothing_interrupts(deployment, task, tmp_path):
+    job = task.stay_whatever.apply_async((str(tmp_path / "runs"), 30.0), time_limit=1)
+    neighbour = task.note.delay(str(tmp_path / "neighbour"), "neighbour", 2.0)
+
+    row = deployment.wait_for(job, "failed")
+
+    assert row["error_type"] == "JobTimeout"
+    assert "stay_whatever ran longer than its hard time limit of 1 s" in row["error_message"]
+    assert (row["deaths"], row["retry_count"]) == (0, 0)
+    assert deployment.events(job) == ["created", "claimed", "started", "failed"]
+    assert neighbour.get(**GET) == "neighbour"
+    assert task.add.delay(1, 1).get(**GET) == 2
+
+
+@pytest.mark.parametrize("limit", ["soft_time_limit", "time_limit"])
+def test_a_task_that_wants_it_is_tried_again(deployment, task, tmp_path, limit):
+    job = task.hurry.apply_async((str(tmp_path / "runs"), 30.0), **{limit: 1})
+
+    assert job.get(**GET) == 2
+    assert deployment.events(job) == ["created", "claimed", "started", "retry", "claimed", "started", "completed"]
+    row = deployment.row(job)
+    assert (row["retry_count"], row["deaths"]) == (1, 0)
+
+
+def test_what_a_job_has_started_ends_with_it(deployment, task, tmp_path):
+    job = task.stay.apply_async((str(tmp_path / "runs"), 60.0, True), time_limit=2)
+    eventually(lambda: lines(tmp_path / "runs.started"), 10)
+    pid = int(lines(tmp_path / "runs.started")[0])
+
+    deployment.wait_for(job, "failed")
+
+    eventually(lambda: not processes.is_running(pid), 3)
+
+
+def test_a_cancelled_job_takes_with_it_what_it_has_started(deployment, task, tmp_path):
+    from tasks import control
+
+    job = task.stay.delay(str(tmp_path / "runs"), 60.0, True)
+    eventually(lambda: lines(tmp_path / "runs.started"), 10)
+    deployment.wait_for(job, "running")
+    pid = int(lines(tmp_path / "runs.started")[0])
+
+    control.cancel(job.id, app=deployment.app)
+
+    eventually(lambda: not processes.is_running(pid), 3)
+    assert deployment.row(job)["status"] == "cancelled"
+
+
+def test_limits_grow_with_the_input(task, tmp_path):
+    (tmp_path / "in.jpg").write_bytes(b"x" * 3_000_000)
+    resize = task.image_resize
+
+    _, alone = resize.limits({"input": str(tmp_path / "missing.jpg")})
+    _, larger = resize.limits({"input": str(tmp_path / "in.jpg")})
+
+    assert alone == resize.time_limit
+    assert larger == pytest.approx(resize.time_limit + 3 * resize.seconds_per_megabyte)
+
+
+def test_a_body_that_runs_out_of_memory_fails_and_its_worker_lives(deployment, task):
+    job = task.exhaust_memory.delay()
+
+    row = deployment.wait_for(job, "failed")
+
+    assert row["error_type"] == "OutOfMemory"
+    assert task.add.delay(1, 1).get(**GET) == 2
+
+
+def test_a_worker_shows_how_many_jobs_it_has_ended(deployment, task, tmp_path):
+    def shown():
+        (worker,) = deployment.app.live_workers()
+        return worker["tasks_processed"], worker["tasks_failed"]
+
+    eventually(lambda: sum(shown()) >= len(deployment.app.store.jobs(status="failed")), 10)
+    eventually(lambda: deployment.app.live_workers()[0]["current_tasks"] == [], 10)
+    processed, failed = eventually(shown, 10)
+
+    task.add.delay(1, 1).get(**GET)
+    deployment.wait_for(task.fail.delay(), "failed")
+
+    eventually(lambda: shown() == (processed + 1, failed + 1), 10, lambda: f"{shown()} after {(processed, failed)}")

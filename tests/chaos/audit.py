@@ -1,0 +1,211 @@
+"""The audit: jobs, rows, logs, files and broker after the storm. In: what was submitted and dealt. Out: findings.
+
+A job may end otherwise than planned only where the blows explain it: three deaths that were all dealt, or a disk that
+was full at each attempt. Such jobs are excused, and counted as that.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import chronicle
+from tests.chaos.chronicle import Attempt, Chronicle
+from tests.chaos.crew import DEADLY, Blow
+from tests.chaos.material import Material
+from tests.chaos.workload import Job
+
+# A process that is about to die may still claim, and a row may be written a moment after its time was taken.
+SLACK = timedelta(seconds=5)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault; `verdict` is lost, duplicated, stuck or wrong."""
+
+    verdict: str
+    text: str
+    job_id: str = ""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A killed attempt's job, claimed again after so many seconds."""
+
+    seconds: float
+    kind: str
+    job_id: str
+
+
+@dataclass
+class Audit:
+    """Collects findings about the jobs of a run."""
+
+    app: Any
+    material: Material
+    blows: Sequence[Blow]
+    findings: list[Finding] = field(default_factory=list)
+    excused: list[str] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+    events: Counter[str] = field(default_factory=Counter)
+
+    def jobs(self, jobs: Sequence[Job]) -> None:
+        """Look at every job that was accepted, and at what is left of abandoned chords."""
+        store = self.app.store
+        rows = {row["job_id"]: row for row in store.jobs_by_id([job.job_id for job in jobs])}
+        logs = self._logs()
+        results = {job_id: row["result_data"] for job_id, row in rows.items()}
+        for job in jobs:
+            row = rows.get(job.job_id)
+            if row is None:
+                if not job.is_abandoned:
+                    self._find("lost", "it was accepted and has no row", job)
+                continue
+            told = chronicle.read(row, logs[job.job_id])
+            self.events += told.events
+            self._read(job, row, told)
+            if job.is_abandoned:
+                self._outputs(job, is_there=row["status"] == "completed")
+                continue
+            self._judge(job, row, told, results)
+        known = {job.job_id for job in jobs}
+        for row in store.jobs(limit=10 * len(jobs) + 1000):
+            if row["job_id"] not in known:
+                self._find("duplicated", f"a job of {row['task_type']} that nobody submitted: {row['job_id']}")
+
+    def files(self, roots: Iterable[Path], jobs: Sequence[Job]) -> None:
+        """Nothing may lie about but the outputs of jobs."""
+        known = {path for job in jobs for path in self._files_of(job)}
+        for root in roots:
+            for path in root.rglob("*"):
+                if path.is_file() and path not in known:
+                    self._find("wrong", f"a file that is no output was left: {path}")
+
+    def messages(self, remains: dict[str, int]) -> None:
+        for queue, number in remains.items():
+            self._find("wrong", f"the broker still has {number} messages in {queue}")
+
+    def complain(self, text: str) -> None:
+        self._find("wrong", text)
+
+    def count(self, verdict: str) -> int:
+        return sum(finding.verdict == verdict for finding in self.findings)
+
+    # One job
+
+    def _read(self, job: Job, row: Any, told: Chronicle) -> None:
+        """What must hold for any job, whatever became of it."""
+        for fault in told.faults:
+            self._find("wrong", fault, job)
+        if row["status"] not in chronicle.TERMINAL:
+            self._find("stuck", f"it is {row['status']}", job)
+        if told.events["completed"] > 1:
+            self._find("duplicated", f"it completed {told.events['completed']} times", job)
+        for attempt, following in zip(told.attempts, [*told.attempts[1:], None], strict=False):  # a job may have none
+            if attempt.end == "lost":
+                self._died(job, attempt, following)
+            elif attempt.end == "released" and not self._blows({"worker terminated"}, attempt):
+                self._find(
+                    "wrong", f"attempt {attempt.number} was released, and {attempt.worker} was not terminated", job
+                )
+
+    def _died(self, job: Job, attempt: Attempt, following: Attempt | None) -> None:
+        if job.kind == "killer":
+            return
+        blows = self._blows(DEADLY, attempt)
+        if not blows:
+            self._find("wrong", f"attempt {attempt.number} on {attempt.worker} counts as dead; nothing killed it", job)
+        elif following is not None:
+            during = [blow for blow in blows if blow.at >= attempt.claimed_at]
+            blow = during[0] if during else blows[-1]
+            self.recoveries.append(Recovery((following.claimed_at - blow.at).total_seconds(), blow.kind, job.job_id))
+
+    def _blows(self, kinds: Iterable[str], attempt: Attempt) -> list[Blow]:
+        """What hit this attempt's worker while it ran."""
+        begin, end = attempt.claimed_at - SLACK, attempt.ended_at or attempt.claimed_at
+        return [
+            blow
+            for blow in self.blows
+            if blow.worker == attempt.worker
+            and blow.kind in kinds
+            and blow.at <= end + SLACK
+            and (blow.until or blow.at) >= begin
+        ]
+
+    def _judge(self, job: Job, row: Any, told: Chronicle, results: dict[str, Any]) -> None:
+        """Whether it became what it had to become."""
+        status = row["status"]
+        if job.error is not None:
+            if (status, row["error_type"]) != ("failed", job.error):
+                self._find("wrong", f"it is {status}, {row['error_type']}, where {job.error} was planted", job)
+        elif status in ("failed", "cancelled"):
+            if self._is_excused(row, told):
+                self.excused.append(f"{job.job_id}: {row['error_type']}: {row['error_message']}")
+            else:
+                self._find("lost", f"it {status}: {row['error_type']}: {row['error_message']}", job)
+        elif status == "completed":
+            self._completed(job, row, told, results)
+        self._outputs(job, is_there=status == "completed")
+
+    def _is_excused(self, row: Any, told: Chronicle) -> bool:
+        if row["error_type"] == "WorkerLost":
+            lost = [attempt for attempt in told.attempts if attempt.end == "lost"]
+            return len(lost) >= 3 and all(self._blows(DEADLY, attempt) for attempt in lost)
+        if row["error_type"] == "DiskFull":
+            full = [(blow.at, blow.until) for blow in self.blows if blow.kind == "disk full"]
+            tried = [attempt for attempt in told.attempts if attempt.end in ("retry", "failed")]
+            return bool(tried) and all(_is_within(attempt, full) for attempt in tried)
+        return False
+
+    def _completed(self, job: Job, row: Any, told: Chronicle, results: dict[str, Any]) -> None:
+        result = row["result_data"]
+        if job.recipe is not None and result != (
+            right := self.material.yield_of(job.recipe, self.app).result_at(job.output)
+        ):
+            self._find("wrong", f"its result is {result}; it should be {right}", job)
+        if job.kind == "retry" and not (
+            isinstance(result, int) and result >= 2 and told.events["retry"] + told.events["lost"]
+        ):
+            self._find("wrong", f"it must have run at least twice; its result is {result}", job)
+        if job.kind == "body" and result != [results[member] for member in job.members]:
+            self._find("wrong", f"the body of the chord was given {result}", job)
+        if "countdown" in job.options and told.attempts:
+            waited_s = (told.attempts[0].claimed_at - row["created_at"]).total_seconds()
+            if waited_s < job.options["countdown"] - 0.1:
+                self._find("wrong", f"it ran {waited_s:.2f} s after its creation, before its time", job)
+
+    def _outputs(self, job: Job, *, is_there: bool) -> None:
+        for path, content in self._files_of(job).items():
+            if is_there and not path.exists():
+                self._find("lost", f"it is completed, and {path} is not there", job)
+            elif is_there and content is not None and path.read_bytes() != content:
+                self._find("wrong", f"{path} differs from what the same function makes here", job)
+            elif not is_there and job.recipe is None and job.output is not None and path.exists():
+                self._find("wrong", f"it failed, and {path} is there", job)
+
+    def _files_of(self, job: Job) -> dict[Path, bytes | None]:
+        if job.recipe is not None:
+            return dict(self.material.yield_of(job.recipe, self.app).files_at(job.output))
+        return {path: None for path in (job.notes, job.output) if path is not None}
+
+    def _logs(self) -> dict[str, list[Any]]:
+        """All log rows of jobs, in order."""
+        from sqlalchemy import select
+
+        from db.models import task_logs
+
+        c = task_logs.c
+        logs = defaultdict(list)
+        for log in self.app.store._rows(select(task_logs).where(c.job_id.is_not(None)).order_by(c.job_id, c.sequence)):
+            logs[log["job_id"]].append(log)
+        return logs
+
+    def _find(self, verdict: str, text: str, job: Job | None = None) -> None:
+        self.findings.append(Finding(verdict, text, job.job_id if job is not None else ""))
+
+
+def _is_within(attempt: Attempt, spans: Iterable[tuple[datetime, datetime | None]]) -> bool:
+    begin, end = attempt.claimed_at, attempt.ended_at or attempt.claimed_at
+    return any(at <= end and (until is None or until >= begin) for at, until in spans)

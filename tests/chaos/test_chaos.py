@@ -1,0 +1,29 @@
+"""A short storm over each combination; `make chaos` makes a long one. A failing seed is run again by CHAOS_SEED."""
+
+import os
+import random
+
+import pytest
+
+from tests.chaos import report
+from tests.chaos.scenario import Scenario, Size
+from tests.conftest import required
+
+
+@pytest.mark.parametrize(
+    ("combination", "size"),
+    [
+        ("embedded", Size(jobs=120, kills=8, workers=2)),
+        pytest.param("rabbitmq", Size(jobs=60, kills=5, workers=2), marks=pytest.mark.storm),
+        pytest.param("redis", Size(jobs=60, kills=5, workers=2), marks=pytest.mark.storm),
+    ],
+    ids=["embedded", "rabbitmq", "redis"],
+)
+def test_no_job_is_lost_or_done_twice_whatever_dies(combination, size):
+    seed = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(1_000_000))
+    print(f"CHAOS_SEED={seed}")
+
+    with required():
+        outcome = Scenario(combination, seed, size).run()
+
+    assert outcome.is_clean, report.details_of(outcome)
