@@ -15,8 +15,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from db.engine import Database
-from db.store import Claim, NewJob, Store
+from db.records import Claim, Heartbeat, Liveness, NewJob, now
+from db.store import Store
 from tasks.celery import MediaTasks
+from tests.acceptance.deployment import install_entry_point
 from tests.tooling.environment import without_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -59,6 +61,13 @@ def celery(server_dir: Path, tmp_path: Path) -> Callable[..., Ran]:
 
 
 @pytest.fixture
+def plug_ins(tmp_path: Path) -> dict[str, str]:
+    """The environment of commands and workers that know the tests' capabilities as well."""
+    directory = install_entry_point(tmp_path / "plug-ins", "tests.acceptance.capabilities")
+    return {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(directory)])}
+
+
+@pytest.fixture
 def photo(tmp_path: Path) -> Path:
     path = tmp_path / "photo.jpg"
     Image.effect_noise((320, 240), 40).convert("RGB").save(path)
@@ -84,17 +93,30 @@ class Commands:
         env = dict.fromkeys(TERMINAL) | {"COLUMNS": str(columns) if columns else None}
         return CliRunner(env=env).invoke(command, args, obj=context)
 
-    def job(self, job_id: str, **columns: Any) -> NewJob:
-        """A queued job."""
+    def job(self, job_id: str, *, is_resting: bool = False, **columns: Any) -> NewJob:
+        """A queued job; a resting one has no message."""
         parameters = {"input": "/data/photos/in.jpg", "output": "/data/out.webp", "width": 800}
         values = {"task_type": "image_resize", "queue": "image_resize", "parameters": parameters, **columns}
         job = NewJob(job_id=job_id, **values)
-        assert self.store.enqueue(job)
+        assert self.store.enqueue(job, is_resting=is_resting)
         return job
 
+    def worker(self, worker_id: str, *queues: str, concurrency: int = 1, **shown: Any) -> None:
+        """A live worker, as its heartbeat shows it."""
+        own = {"hostname": "here", "pid": 1, "status": "idle", "started_at": now(), **shown}
+        self.store.heartbeat(Heartbeat(worker_id=worker_id, capabilities=queues, concurrency=concurrency, **own))
+
     def claim(self, job: NewJob, worker_id: str = "edge-1") -> Claim:
+        """A claim as the guard makes it for a first delivery."""
         return self.store.claim(
-            job, publication=1, worker_id=worker_id, is_redelivered=False, holder_timeout_s=15, max_deaths=3
+            job,
+            job_id=job.job_id,
+            publication=1,
+            worker_id=worker_id,
+            lease=f"lease of {worker_id}",
+            is_loss=False,
+            judge=lambda _holder: Liveness.ALIVE,
+            max_deaths=3,
         )
 
 

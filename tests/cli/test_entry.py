@@ -1,6 +1,7 @@
 """What `celery` itself shows of our commands, for this app and for those of others."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,22 +14,31 @@ WHAT_THEY_IMPORT = """
 import json, sys
 import click, kombu
 before = set(sys.modules)
-from tasks.cli import db, jobs, submit
+from tasks.cli import db, jobs, queues, reconcile, submit
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
 def test_help_lists_the_commands_with_what_they_are_for(celery):
-    lines = celery("--help").stdout.splitlines()
+    text = celery("--help").stdout
 
-    assert any(line.startswith("  submit   Submit a job: submit image_resize") for line in lines)
-    assert any(line.startswith("  jobs     Look at jobs") for line in lines)
-    assert any(line.startswith("  db       Look after the job database") for line in lines)
+    for command, purpose in {
+        "submit": "Submit a job: submit image_resize",
+        "jobs": "Look at jobs",
+        "queues": "Look at queues",
+        "reconcile": "Find jobs whose worker is dead",
+        "db": "Look after the job database",
+    }.items():
+        assert re.search(rf"^  {command} +{purpose}", text, re.MULTILINE), text
 
 
 @pytest.mark.parametrize(
     ("group", "commands"),
-    [("jobs", ["list", "show"]), ("db", ["backup", "checkpoint", "pragmas", "stats", "upgrade", "vacuum"])],
+    [
+        ("jobs", ["cancel", "explain", "list", "replay", "retry", "show"]),
+        ("queues", ["list", "pause", "purge", "resume"]),
+        ("db", ["backup", "checkpoint", "pragmas", "stats", "upgrade", "vacuum"]),
+    ],
 )
 def test_the_help_of_a_group_lists_its_commands(celery, group, commands):
     done = celery(group, "--help")
@@ -43,6 +53,8 @@ def test_the_help_of_a_group_lists_its_commands(celery, group, commands):
         ("tests.tooling.sample_app", "jobs list"),
         ("tests.tooling.sample_app", "submit image_resize a b --width 8"),
         (None, "db stats"),
+        (None, "queues list"),
+        (None, "reconcile"),
     ],
 )
 def test_another_app_is_told_whose_commands_these_are(celery, app, command):

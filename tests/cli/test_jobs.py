@@ -6,8 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from db.records import Status
-from db.store import Failure, now
+from db.records import Failure, Status, now
 from tasks.cli.jobs import jobs
 from tasks.errors import CorruptMedia
 
@@ -108,6 +107,18 @@ def test_a_retry_says_when_it_is_due_and_after_what(commands):
     (line,) = lines_of(commands.run(jobs, "list", columns=140))[2:]
 
     assert line.rstrip().endswith(f"retry 1 after CorruptMedia, due {due.astimezone():%H:%M:%S}")
+
+
+def test_only_a_time_that_is_still_to_come_is_shown_as_due(commands):
+    later = now() + timedelta(hours=1)
+    commands.job("aaaa-outbox", is_resting=True)
+    commands.job("bbbb-published", run_after_utc=later)
+    commands.job("cccc-later", is_resting=True, run_after_utc=later)
+
+    lines = [line.rstrip() for line in lines_of(commands.run(jobs, "list", columns=140))[2:]]
+
+    assert "due" not in lines[1] + lines[2]
+    assert " due " in lines[0]
 
 
 def test_status_task_and_limit_choose_among_the_jobs(every_status):

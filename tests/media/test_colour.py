@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks.media.colour import colour_space, is_srgb
@@ -42,6 +42,7 @@ def test_what_can_not_be_read_is_not_srgb(noise):
 
 
 @settings(deadline=None, max_examples=50)
+@example(cut=467, noise=b"\x00\x80")  # a negative base under a broken exponent
 @given(cut=st.integers(0, 470), noise=st.binary(min_size=1, max_size=20))
 def test_a_damaged_profile_never_raises(vips, cut, noise):
     whole = profile(vips, "srgb")

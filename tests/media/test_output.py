@@ -91,7 +91,8 @@ def test_the_temp_files_of_a_killed_attempt_can_be_found_by_its_token(tmp_path):
     with atomic_outputs([str(tmp_path / "c")], token="job-1.20"):
         found = temp_files_of("job-1.2", tmp_path)
         assert len(found) == 2
-        assert temp_files_of("job-*", tmp_path) == []
+        assert len(temp_files_of("job-1.*", tmp_path)) == 3, "those of all attempts"
+        assert temp_files_of("job-1", tmp_path) == []
     assert files_under(tmp_path) == {path.name for path in found} | {"c"}
 
 

@@ -2,13 +2,51 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks import app
+from tasks.reconciler import Reconciler
 from tests.acceptance.deployment import Deployment, deployed
+from tests.unit.jobs import Clock
 
 
 @pytest.fixture
 def producer(server_dir: Path, tmp_path: Path) -> Iterator[Deployment]:
     with deployed(server_dir, tmp_path) as deployment:
         yield deployment
+
+
+@pytest.fixture(autouse=True)
+def leases_of_its_own() -> Iterator[None]:
+    """Each test sees the locks of its own directory, and holds none at its beginning."""
+
+    def forget() -> None:
+        leases = app.__dict__.pop("leases", None)
+        if leases is not None and leases._mine is not None:
+            leases._mine.release()
+        app.__dict__.pop("lease", None)
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Puts the reconciler's clock forward: `clock.pass_s(10)`."""
+    clock = Clock()
+    monkeypatch.setattr("tasks.reconciler.time", clock)
+    return clock
+
+
+@pytest.fixture
+def reconciler(producer: Deployment, clock: Clock) -> Iterator[Reconciler]:
+    """The parts of a reconciler, to be called directly; `clock` is its clock."""
+    reconciler = Reconciler(producer.app)
+    yield reconciler
+    reconciler._outlet._drop()
+    store: Any = getattr(reconciler._ledger, "_store", None)
+    if store is not None:
+        store.close()

@@ -9,21 +9,12 @@ from kombu.exceptions import OperationalError
 
 from tasks.errors import InvalidArguments, PathNotAllowed, UnknownQueue, UnknownTask
 from tests.acceptance.deployment import deployed
+from tests.unit.jobs import messages
 
 
 @pytest.fixture
 def task(producer):
     return producer.task
-
-
-def messages(producer, queue):
-    """Take all messages of a queue, the first to be served first."""
-    taken = []
-    with producer.app.connection_for_write() as connection, connection.channel() as channel:
-        channel.queue_declare(queue, durable=True)
-        while (message := channel.basic_get(queue, no_ack=True)) is not None:
-            taken.append(message)
-    return taken
 
 
 # Row, then broker
@@ -163,12 +154,13 @@ def test_an_expiry_is_in_the_row_and_the_header_but_not_a_time_to_live(producer,
 
 
 @pytest.mark.parametrize("option", ["countdown", "eta"])
-def test_a_delay_is_in_the_row(producer, task, option):
+def test_a_job_that_is_due_later_rests_in_its_row_without_a_message(producer, task, option):
     value = 60 if option == "countdown" else datetime.now(UTC) + timedelta(seconds=60)
 
     job = task.add.apply_async((1, 1), **{option: value})
 
     assert 55 < (producer.row(job)["run_after_utc"] - datetime.now(UTC)).total_seconds() <= 60
+    assert (producer.row(job)["published_at"], messages(producer, "add")) == (None, [])
 
 
 # Canvases

@@ -2,26 +2,16 @@
 
 import pytest
 from celery.app.task import Context
-from celery.app.trace import build_tracer
 
-from db.records import Heartbeat, NewJob, now
+from db.records import Liveness
+from tasks import remedy
 from tasks.errors import AttemptLost
-from tasks.job import retry_delay_s
-
-LIMITS = {"publication": 1, "worker_id": "w1", "is_redelivered": False, "holder_timeout_s": 15, "max_deaths": 3}
+from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
 
 
 @pytest.fixture
 def task(producer):
     return producer.task
-
-
-def run(task, job_id, *args, **headers):
-    """Run a task as a pool child does; its result, or the name of the state that it ended in."""
-    tracer = build_tracer(task.name, task, app=task.app)
-    request = {"id": job_id, "retries": 0, "delivery_info": {"routing_key": task.name}, **headers}
-    outcome = tracer(job_id, list(args), {}, request=request)
-    return outcome.retval if outcome.info is None else outcome.info.state
 
 
 def test_a_job_runs_once_and_its_message_has_no_effect_afterwards(producer, task):
@@ -40,23 +30,72 @@ def test_a_message_of_another_publication_has_no_effect(producer, task, publicat
     assert producer.events(job) == ["created"]
 
 
-def test_a_job_that_a_living_worker_holds_is_left_to_it(producer, task):
+@pytest.mark.parametrize("silent_s", [0, 14])
+def test_a_job_that_a_living_worker_holds_is_left_to_it(producer, task, silent_s):
     job = task.add.delay(40, 2)
-    producer.app.store.heartbeat(beat_of("other"))
-    producer.app.store.claim(new_job(job.id), **LIMITS | {"worker_id": "other"})
+    claimed_by(producer.app, job, "other", host_id="elsewhere")
+    silent_for(producer.app, silent_s, "other")
 
     assert run(task.add, job.id, 40, 2, publication=1) == "IGNORED"
     assert producer.row(job)["claimed_by"] == "other"
 
 
+def test_a_job_of_a_dead_worker_is_taken_over_and_the_death_is_counted(producer, task):
+    job = task.add.delay(40, 2)
+    claimed_by(producer.app, job, "dead")
+
+    assert run(task.add, job.id, 40, 2, publication=1) == 42
+    assert producer.events(job) == ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
+    assert (producer.row(job)["deaths"], producer.row(job)["attempt"]) == (1, 3)
+
+
 def test_a_redelivered_job_is_taken_over(producer, task):
     job = task.add.delay(40, 2)
-    producer.app.store.heartbeat(beat_of("other"))
-    producer.app.store.claim(new_job(job.id), **LIMITS | {"worker_id": "other"})
+    claimed_by(producer.app, job, "other", host_id="elsewhere")
 
     info = {"routing_key": "add", "redelivered": True}
     assert run(task.add, job.id, 40, 2, publication=1, delivery_info=info) == 42
     assert producer.events(job) == ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
+    assert producer.row(job)["deaths"] == 0  # a broken connection of a living worker looks the same
+
+
+def test_a_job_whose_workers_died_too_often_fails_instead_of_running(producer, task):
+    job = task.add.delay(40, 2)
+    claimed_by(producer.app, job, "dead")
+    change(producer.app, job, deaths=2)
+
+    assert run(task.add, job.id, 40, 2, publication=1) == "FAILURE"
+    row = producer.row(job)
+    assert (row["status"], row["error_type"], row["deaths"]) == ("failed", "WorkerLost", 3)
+    assert "MAX_DEATHS=3" in row["error_message"]
+
+
+def test_a_job_of_a_paused_queue_goes_to_rest(producer, task):
+    job = task.add.delay(40, 2)
+    producer.app.store.pause("add")
+
+    assert run(task.add, job.id, 40, 2, publication=1) == "IGNORED"
+    row = producer.row(job)
+    assert (row["status"], row["published_at"], row["publication"]) == ("queued", None, 2)
+
+
+def test_a_transient_error_lets_the_job_rest_until_its_retry(producer, task, tmp_path):
+    job = task.recover.delay(str(tmp_path / "runs"))
+    messages(producer, "recover")
+
+    assert run(task.recover, job.id, str(tmp_path / "runs"), publication=1) == "RETRY"
+    row = producer.row(job)
+    assert (row["status"], row["published_at"], row["publication"], row["retry_count"]) == ("queued", None, 2, 1)
+    assert 1 < (row["run_after_utc"] - row["updated_at"]).total_seconds() < 3
+    assert messages(producer, "recover") == []
+
+
+def test_a_permanent_error_fails_the_job_at_once(producer, task):
+    job = task.fail.delay()
+
+    assert run(task.fail, job.id, publication=1) == "FAILURE"
+    row = producer.row(job)
+    assert (row["status"], row["retry_count"], row["error_type"]) == ("failed", 0, "ValueError")
 
 
 def test_a_message_without_a_row_gets_one(producer, task):
@@ -67,8 +106,8 @@ def test_a_message_without_a_row_gets_one(producer, task):
 def test_an_attempt_that_lost_its_job_neither_completes_nor_fails_it(producer, task):
     job = task.add.delay(1, 1)
     store, backend = producer.app.store, producer.app.backend
-    late = Context(id=job.id, task="add", attempt=store.claim(new_job(job.id), **LIMITS).attempt)
-    store.claim(new_job(job.id), **LIMITS | {"worker_id": "other", "is_redelivered": True})
+    late = Context(id=job.id, task="add", attempt=claim(store, new_job(job.id)).attempt)
+    claim(store, new_job(job.id), "other", liveness=Liveness.DEAD)
 
     backend.mark_as_done(job.id, "too late", late)
     backend.mark_as_failure(job.id, ValueError("too late"), request=late)
@@ -79,11 +118,11 @@ def test_an_attempt_that_lost_its_job_neither_completes_nor_fails_it(producer, t
 
 def test_confirm_raises_once_the_attempt_has_lost_its_job(producer, task):
     job = task.add.delay(1, 1)
-    attempt = producer.app.store.claim(new_job(job.id), **LIMITS).attempt
+    attempt = claim(producer.app.store, new_job(job.id)).attempt
     task.add.push_request(id=job.id, attempt=attempt, called_directly=False)
     try:
         task.add.confirm()
-        producer.app.store.claim(new_job(job.id), **LIMITS | {"is_redelivered": True})
+        claim(producer.app.store, new_job(job.id), "other", liveness=Liveness.DEAD)
         with pytest.raises(AttemptLost):
             task.add.confirm()
     finally:
@@ -107,16 +146,6 @@ def test_a_token_names_the_job_and_the_attempt_and_fits_into_a_file_name(task):
 def test_retries_wait_longer_and_longer_and_never_at_once():
     for retries in range(20):
         full = min(2.0 * 2**retries, 600)
-        delays = [retry_delay_s(retries) for _ in range(50)]
+        delays = [remedy.delay_s(ConnectionError(), retries) for _ in range(50)]
         assert 0.75 * full <= min(delays) <= max(delays) <= 1.25 * full
         assert len(set(delays)) > 1
-
-
-def new_job(job_id):
-    return NewJob(job_id=job_id, task_type="add", queue="add", parameters={})
-
-
-def beat_of(worker_id):
-    return Heartbeat(
-        worker_id=worker_id, hostname="h", pid=1, capabilities=["add"], concurrency=1, status="idle", started_at=now()
-    )

@@ -1,0 +1,153 @@
+"""`reconcile`: each disagreement on a line, mended unless it is a dry run, which changes nothing."""
+
+import json
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from tests.tooling.waiting import eventually
+
+
+def dump(server_dir):
+    """Everything that stands in the tables of both files."""
+    content = {}
+    for name in ("media_store.db", "broker.db"):
+        with closing(sqlite3.connect(server_dir / name)) as connection:
+            content[name] = list(connection.iterdump())
+    return content
+
+
+def change(path, statement):
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+
+
+@pytest.fixture
+def lost(celery, server_dir, photo):
+    """A job whose message is lost: its id."""
+    job_id = celery("submit", "image_resize", photo, "out.webp", "--width", 80).stdout.strip()
+    change(server_dir / "media_store.db", "UPDATE task_queue SET published_at = '2026-01-01 00:00:00.000000'")
+    change(server_dir / "broker.db", "DELETE FROM messages")
+    return job_id
+
+
+def test_where_all_agree_there_is_nothing_to_mend(celery, photo):
+    celery("submit", "image_resize", photo, "out.webp", "--width", 80)
+
+    for options in ((), ("--dry-run",)):
+        done = celery("reconcile", *options)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "nothing to mend\n", "")
+    assert celery("reconcile", "--json").stdout == ""
+
+
+def test_a_dry_run_names_a_lost_message_and_changes_nothing(celery, server_dir, lost):
+    before = dump(server_dir)
+
+    done = celery("reconcile", "--dry-run")
+
+    text = "the broker has no message of it in image_resize; it is published again"
+    assert done.stdout.splitlines() == [f"lost messages: {lost}: {text}", "1 to mend; nothing was changed"]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert dump(server_dir) == before
+
+
+def test_a_lost_message_is_mended_and_the_next_worker_does_the_job(celery, run_worker, lost, tmp_path):
+    done = celery("reconcile")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(f"lost messages: {lost}: ")
+    assert done.stdout.splitlines()[1:] == ["1 mended"]
+    assert celery("reconcile").stdout == "nothing to mend\n"
+
+    run_worker("-Q", "image_resize", "--concurrency=1")
+    eventually((tmp_path / "out.webp").exists, 20)
+
+
+def test_json_is_one_object_a_line_with_what_became_of_it(celery, lost):
+    (found,) = map(json.loads, celery("reconcile", "--dry-run", "--json").stdout.splitlines())
+    (mended,) = map(json.loads, celery("reconcile", "--json").stdout.splitlines())
+
+    assert (found["part"], found["subject"], found["outcome"]) == ("lost messages", lost, "found")
+    assert mended == found | {"outcome": "mended"}
+
+
+def test_the_job_of_a_dead_worker_is_queued_again(celery, run_worker, plug_ins, server_dir, tmp_path):
+    # Given a job whose machine is lost
+    worker = run_worker("-Q", "note", "--concurrency=1", env=plug_ins | {"WORKER_ID": "edge-1"})
+    job_id = celery("submit", "note", tmp_path / "runs", "", 60, env=plug_ins).stdout.strip()
+    eventually((tmp_path / "runs").exists, 20)
+    worker.kill9_everything()
+
+    # When one looks, nothing changes
+    before = dump(server_dir)
+    found = celery("reconcile", "--dry-run", env=plug_ins)
+    assert found.stdout.splitlines() == [
+        f"dead holders: {job_id}: its worker edge-1 is dead; attempt 1 is closed",
+        "dead holders: edge-1: the worker is dead",
+        "2 to mend; nothing was changed",
+    ]
+    assert dump(server_dir) == before
+
+    # When it is mended, the job waits for the next worker, and says what happened
+    mended = celery("reconcile", env=plug_ins)
+    assert (mended.returncode, mended.stdout.splitlines()[-1]) == (0, "2 mended")
+    told = celery("jobs", "explain", job_id, env=plug_ins).stdout
+    assert "its worker died, attempt 1, 1 of its workers have died" in told
+    assert "no worker serves note" in told.splitlines()[-2]
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_broker_that_only_counts_proves_no_loss_at_one_look_and_that_is_said(
+    celery, server_dir, photo, fresh_redis_url, options
+):
+    env = {"CELERY_BROKER_URL": fresh_redis_url}
+    job_id = celery("submit", "image_resize", photo, "out.webp", "--width", 80, env=env).stdout.strip()
+    change(server_dir / "media_store.db", "UPDATE task_queue SET published_at = '2026-01-01 00:00:00.000000'")
+    assert celery("reconcile", *options, env=env).stdout == "nothing to mend\n"
+    celery("purge", "-f", "-Q", "image_resize", env=env)
+
+    done = celery("reconcile", *options, env=env)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(
+        "not certain: lost messages: image_resize: 1 job published, 0 messages left, 0 reserved; "
+    )
+    assert done.stdout.splitlines()[-1].startswith("1 not certain")
+    assert json.loads(celery("jobs", "show", job_id, "--json", env=env).stdout)["publication"] == 1
+
+
+def test_every_lost_message_is_found_however_many_there_are(celery, server_dir, lost):
+    """A worker looks through 5,000 jobs a round."""
+    change(
+        server_dir / "media_store.db",
+        "INSERT INTO task_queue (job_id, task_type, queue, parameters, status, created_at, updated_at, published_at) "
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5002) "
+        "SELECT 'lost-' || i, task_type, queue, parameters, status, created_at, updated_at, published_at "
+        "FROM task_queue, n",
+    )
+
+    lines = celery("reconcile", "--dry-run").stdout.splitlines()
+
+    assert len(set(lines)) == 5003 + 1
+    assert lines[-1] == "5,003 to mend; nothing was changed"
+
+
+def test_a_silent_worker_of_another_host_may_live_and_that_is_said(celery, server_dir):
+    celery("db", "upgrade")
+    change(
+        server_dir / "media_store.db",
+        "INSERT INTO worker_leases VALUES ('a-lease', 'far-1', 'another host', '2026-01-01 00:00:00.000000')",
+    )
+
+    done = celery("reconcile")
+
+    assert done.returncode == 0, done.stderr
+    text = "silent since 2026-01-01 00:00:00 UTC; whether it is dead, only a worker can tell that looks for 15 s"
+    assert done.stdout.splitlines() == [f"not certain: dead holders: far-1: {text}", "1 not certain"]
+
+
+def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, lost):
+    done = celery("reconcile", env={"CELERY_BROKER_URL": "redis://127.0.0.1:1/0"})
+
+    assert done.returncode == 1
+    assert "the broker does not answer" in done.error

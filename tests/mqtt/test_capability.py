@@ -1,0 +1,218 @@
+"""A worker's capability: what it can do and how much of it now, for as long as it lives."""
+
+import json
+import signal
+import subprocess
+import time
+from itertools import pairwise
+
+import pytest
+
+from tasks import control
+from tests.acceptance.deployment import install_entry_point
+from tests.tooling.waiting import eventually
+from tests.tooling.worker import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+
+def test_it_is_retained_from_when_the_worker_is_ready(deployment, listen, mosquitto, worker_id):
+    deployment.start_worker("--concurrency=2", "-Q", "add,note")
+    deployment.start_worker("-Q", "total", env={"WORKER_ID": f"{worker_id}-2"})
+
+    listen(mosquitto.port).wait_for_capability(worker_id)
+    late = listen(mosquitto.port)
+
+    payload = late.wait_for_capability(worker_id)
+    assert payload["id"] == payload["worker_id"] == worker_id
+    assert payload["capabilities"] == ["add", "note"]
+    assert payload["idle_count"] == 2
+    assert time.time() * 1000 - payload["timestamp"] < 30_000
+    assert set(payload) == {"id", "worker_id", "capabilities", "idle_count", "timestamp"}
+    assert all(heard.is_retained for heard in late.of_worker(worker_id))
+    assert late.wait_for_capability(f"{worker_id}-2")["capabilities"] == ["total"]
+
+
+def test_mosquitto_sub_sees_it(deployment, mosquitto, prefix, worker_id):
+    deployment.start_worker("-Q", "add")
+
+    def seen():
+        command = ["mosquitto_sub", "-p", str(mosquitto.port), "-t", f"{prefix}/workers/+", "-C", "1", "-W", "2"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    assert json.loads(eventually(seen, 10))["worker_id"] == worker_id
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [
+        (["--pool=prefork", "--concurrency=2"], 2),
+        (["--pool=threads", "--concurrency=3"], 3),
+        (["--pool=solo", "--concurrency=4"], 1),
+    ],
+)
+def test_idle_count_follows_the_jobs_within_a_second(deployment, listener, worker_id, tmp_path, options, slots):
+    deployment.start_worker(*options, "-Q", "note")
+    listener.wait_for_capability(worker_id, idle_count=slots)
+
+    jobs = [deployment.task.note.delay(str(tmp_path / str(number)), "", 1.5) for number in range(slots + 1)]
+    expected = slots
+    for job in jobs[:slots]:
+        expected -= 1
+        deployment.wait_for(job, "running", "completed")
+    listener.wait_for_capability(worker_id, 1.0, idle_count=0)
+    for job in jobs:
+        deployment.wait_for(job, "completed")
+    ended_at = time.time()
+    listener.wait_for_capability(worker_id, 1.0, idle_count=slots)
+
+    counts = [heard.payload["idle_count"] for heard in listener.of_worker(worker_id)]
+    assert min(counts) == 0
+    assert max(counts) == slots
+    assert listener.of_worker(worker_id)[-1].at - ended_at < 1
+
+
+def test_idle_count_is_right_under_load(deployment, listener, worker_id):
+    deployment.start_worker("--concurrency=2", "-Q", "add")
+    listener.wait_for_capability(worker_id, idle_count=2)
+
+    jobs = [deployment.task.add.delay(number, 1) for number in range(300)]
+    for job in jobs:
+        assert job.get(timeout=30)
+
+    listener.wait_for_capability(worker_id, 1.0, idle_count=2)
+    assert all(0 <= heard.payload["idle_count"] <= 2 for heard in listener.of_worker(worker_id))
+
+
+def test_it_is_said_again_at_each_heartbeat(deploy, listener, mosquitto, worker_id):
+    deploy(mosquitto.port, MQTT_HEARTBEAT_INTERVAL="0.5").start_worker("-Q", "add")
+    listener.wait_for_capability(worker_id)
+
+    said = len(listener.of_worker(worker_id))
+    eventually(lambda: len(listener.of_worker(worker_id)) >= said + 4, 4)
+
+    times = [heard.payload["timestamp"] for heard in listener.of_worker(worker_id)[said:]]
+    assert all(350 < later - earlier < 900 for earlier, later in pairwise(times))
+
+
+def test_a_paused_queue_is_no_capability(deployment, listener, worker_id):
+    deployment.start_worker("-Q", "add,total")
+    listener.wait_for_capability(worker_id, capabilities=["add", "total"])
+
+    control.pause("add")
+    listener.wait_for_capability(worker_id, 4, capabilities=["total"])
+    control.resume("add")
+
+    listener.wait_for_capability(worker_id, 4, capabilities=["add", "total"])
+
+
+def test_a_worker_that_stops_is_draining_and_then_gone(deployment, listener, worker_id, tmp_path):
+    worker = deployment.start_worker("--concurrency=1", "-Q", "note")
+    job = deployment.task.note.delay(str(tmp_path / "file"), "", 2.0)
+    deployment.wait_for(job, "running")
+
+    worker.terminate()
+
+    draining = listener.wait_for_capability(worker_id, 1.5, status="draining")
+    assert draining["idle_count"] == 0
+    assert worker.wait() == 0
+    listener.wait_until_gone(worker_id, 2)
+    listener.wait_for_change(job, "completed")
+    assert "lost" not in worker.log()
+
+
+def test_an_idle_worker_leaves_without_delay(deployment, listener, worker_id):
+    worker = deployment.start_worker("-Q", "add")
+    listener.wait_for_capability(worker_id)
+
+    worker.terminate()
+    worker.wait()
+
+    listener.wait_until_gone(worker_id, 1)
+
+
+def test_the_will_clears_it_within_a_second_of_kill_9(deployment, listener, listen, mosquitto, worker_id, tmp_path):
+    worker = deployment.start_worker("--concurrency=2", "-Q", "note")
+    deployment.task.note.delay(str(tmp_path / "file"), "", 30.0)
+    listener.wait_for_capability(worker_id, idle_count=1)
+
+    killed_at = time.time()
+    worker.kill9()
+    gone = listener.wait_until_gone(worker_id, 1)
+
+    assert gone.at - killed_at < 1
+    print(f"the will came {(gone.at - killed_at) * 1000:.0f} ms after kill -9")
+    assert listen(mosquitto.port).capability(worker_id) is None
+
+
+def test_children_that_were_forked_later_do_not_keep_the_will_from_firing(deployment, listener, worker_id, tmp_path):
+    worker = deployment.start_worker("--concurrency=2", "-Q", "kill_its_worker,note")
+    listener.wait_for_capability(worker_id)
+    deployment.wait_for(deployment.task.kill_its_worker.delay(str(tmp_path / "deaths")), "failed")
+    deployment.task.note.delay(str(tmp_path / "file"), "", 30.0)
+    listener.wait_for_capability(worker_id, idle_count=1)
+
+    killed_at = time.time()
+    worker.kill9()
+
+    assert listener.wait_until_gone(worker_id, 1).at - killed_at < 1
+
+
+def test_the_will_clears_it_when_the_worker_is_stopped_past_the_keepalive(deployment, listener, worker_id):
+    worker = deployment.start_worker("-Q", "add")
+    listener.wait_for_capability(worker_id)
+
+    worker.signal(signal.SIGSTOP)
+    listener.wait_until_gone(worker_id, 12)
+    worker.signal(signal.SIGCONT)
+
+    listener.wait_for_capability(worker_id, 8)
+    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+
+
+def test_it_expires_when_the_broker_comes_back_from_disk(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto("persistence true", "autosave_interval 1", "autosave_on_changes true")
+    worker = deploy(broker.port, MQTT_HEARTBEAT_INTERVAL="1").start_worker("-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+
+    broker.stop()
+    worker.kill9()
+    broker.start()
+    back = time.monotonic()
+
+    def is_expired():
+        late = listen(broker.port)
+        time.sleep(0.2)
+        capability = late.capability(worker_id)
+        late.close()
+        return capability is None
+
+    eventually(is_expired, 8)
+    assert time.monotonic() - back < 8
+
+
+def test_a_worker_id_that_is_alive_is_refused(deployment, listener, worker_id):
+    deployment.start_worker("-Q", "add")
+    listener.wait_for_capability(worker_id)
+
+    second = deployment.start_worker("-Q", "add", ready_timeout_s=0)
+
+    assert second.wait(30) != 0
+    assert f"WORKER_ID={worker_id}: a worker of this name is alive" in second.log()
+    assert listener.capability(worker_id) is not None
+    deployment.stop(second)
+
+
+def test_what_a_worker_cannot_do_for_lack_of_an_engine_is_not_shown(deployment, listener, worker_id, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, package=None: None if name == 'pyvips' else find(name, package)\n"
+    )
+    plug_ins = install_entry_point(tmp_path / "plug-ins", "tests.acceptance.capabilities")
+    worker = deployment.start_worker(env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}:{plug_ins}"})
+
+    capabilities = listener.wait_for_capability(worker_id)["capabilities"]
+    assert "add" in capabilities
+    assert "image_resize" not in capabilities
+    assert "image_resize is not served: pyvips is not installed" in worker.log()

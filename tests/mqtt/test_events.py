@@ -1,0 +1,223 @@
+"""The events of jobs: every change once it is true, in order, each with its number."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tasks import control
+from tests.acceptance.deployment import kill_pool_child_that_notes, lines
+from tests.tooling.environment import without_settings
+from tests.tooling.waiting import eventually
+from tests.tooling.worker import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+
+def told(listener, job):
+    """The changes of a job as event types; their numbers must be without a gap."""
+    changes = listener.changes(job)
+    assert [change["sequence"] for change in changes] == list(range(1, len(changes) + 1))
+    return [change["event_type"] for change in changes]
+
+
+@pytest.fixture
+def started(deployment, listener, worker_id):
+    """A deployment whose worker relays."""
+    deployment.start_worker("--concurrency=2")
+    listener.wait_for_capability(worker_id)
+    _wait_for_relay(deployment)
+    return deployment
+
+
+def _wait_for_relay(deployment):
+    eventually(lambda: deployment.app.store.duty_holder("relay") is not None, 10, "somebody relays")
+    time.sleep(0.1)
+
+
+def test_a_job_is_told_from_its_row_to_its_result(started, listener, worker_id):
+    job = started.task.add.delay(40, 2)
+
+    completed = listener.wait_for_change(job, "completed")
+
+    assert told(listener, job) == ["queued", "processing", "processing", "completed"]
+    queued, claimed, running, _ = listener.changes(job)
+    assert [change["status"] for change in listener.changes(job)] == ["queued", "claimed", "running", "completed"]
+    assert (queued["worker_id"], claimed["worker_id"], completed["worker_id"]) == (None, worker_id, worker_id)
+    assert completed["data"] == {"result": 42}
+    assert completed["progress"] == 100.0
+    assert queued["data"] == claimed["data"] == running["data"] == {}
+    assert (completed["task_type"], completed["root_id"]) == ("add", job.id)
+    row = started.row(job)
+    assert completed["timestamp"] == int(row["completed_at"].timestamp() * 1000)
+    assert not any(heard.is_retained for heard in listener.heard if heard.topic.endswith("/events"))
+
+
+def test_a_failure_is_told_with_its_reason(started, listener):
+    job = started.task.fail.delay(message="no: not so")
+
+    error = listener.wait_for_change(job, "error")
+
+    assert error["data"] == {"error_type": "ValueError", "error_message": "no: not so"}
+    assert error["status"] == "failed"
+
+
+def test_a_retry_is_told_with_when_it_runs_again(started, listener, tmp_path):
+    job = started.task.recover.delay(str(tmp_path / "runs"))
+
+    retry = listener.wait_for_change(job, "retry")
+    listener.wait_for_change(job, "completed")
+
+    assert retry["status"] == "queued"
+    assert retry["data"]["error_type"] == "TransientError"
+    assert retry["data"]["error_message"] == "the network is away, run 1"
+    assert retry["data"]["retry_count"] == 1
+    assert retry["data"]["run_after_utc"]
+    kinds = ["queued", "processing", "processing", "retry", "processing", "processing", "completed"]
+    assert told(listener, job) == kinds
+
+
+def test_a_cancellation_is_told(started, listener, tmp_path):
+    job = started.task.note.delay(str(tmp_path / "file"), "", 20.0)
+    started.wait_for(job, "running")
+
+    control.cancel(job.id)
+
+    assert listener.wait_for_change(job, "cancelled")["status"] == "cancelled"
+
+
+def test_a_lost_process_and_a_poison_job_are_told(started, listener, tmp_path):
+    job = started.task.note.delay(str(tmp_path / "file"), "", 1.0)
+    eventually(lambda: lines(tmp_path / "file"), 10)
+    kill_pool_child_that_notes(tmp_path / "file")
+    poison = started.task.kill_its_worker.delay(str(tmp_path / "poison"))
+
+    lost = listener.wait_for_change(job, "lost")
+    assert lost["data"] == {"deaths": 1, "attempt": 1}
+    listener.wait_for_change(job, "completed")
+    error = listener.wait_for_change(poison, "error", 40)
+    assert error["data"]["error_type"] == "WorkerLost"
+    assert told(listener, poison).count("lost") == 3
+
+
+def test_progress_rises_and_ends_at_100(started, listener):
+    job = started.task.report.delay(1.5)
+
+    listener.wait_for_change(job, "completed")
+
+    events = listener.events(job)
+    progress = [event["progress"] for event in events]
+    assert progress == sorted(progress)
+    assert progress[-1] == 100
+    assert {"progress": 40.0, "stage": "halfway"} in [event["data"] for event in events]
+    (halfway,) = [event for event in events if event["data"].get("stage") == "halfway"]
+    assert halfway["sequence"] == 3
+    assert halfway["status"] == "running"
+
+
+def test_a_long_result_is_left_in_the_table(started, listener, tmp_path):
+    job = started.task.note.delay("/dev/null", "x" * 70_000)
+    short = started.task.note.delay("/dev/null", "x" * 60_000)
+
+    assert listener.wait_for_change(job, "completed")["data"] == {"result": None, "is_truncated": True}
+    assert len(listener.wait_for_change(short, "completed")["data"]["result"]) == 60_000
+
+
+def test_completed_comes_within_100_ms_of_the_row(started, listener):
+    for number in range(100):
+        job = started.task.add.delay(number, 1)
+        job.get(timeout=20)
+    listener.wait_for_change(job, "completed")
+
+    delays = sorted(
+        heard.at * 1000 - heard.payload["timestamp"]
+        for heard in list(listener.heard)
+        if heard.topic.endswith("/events") and heard.payload["event_type"] == "completed"
+    )
+    print(f"completed after p50 {delays[49]:.0f} ms, p99 {delays[98]:.0f} ms, at most {delays[-1]:.0f} ms")
+    assert len(delays) == 100
+    assert delays[98] < 100
+
+
+def test_the_first_relay_begins_at_the_end_of_the_log(deployment, listener, worker_id):
+    before = deployment.task.add.delay(1, 1)
+    deployment.start_worker("-Q", "total")
+    _wait_for_relay(deployment)
+    after = deployment.task.add.delay(2, 2)
+
+    listener.wait_for_change(after, "queued")
+
+    assert listener.events(before) == []
+
+
+def test_what_happens_while_the_broker_is_away_is_told_when_it_is_back(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    deployment.start_worker("--concurrency=2", "-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+    _wait_for_relay(deployment)
+
+    broker.stop()
+    jobs = [deployment.task.add.delay(number, 1) for number in range(250)]
+    for job in jobs:
+        assert job.get(timeout=30)
+    broker.start()
+    listener.wait_until_subscribed()
+
+    for job in jobs:
+        listener.wait_for_change(job, "completed", 30)
+        assert told(listener, job) == ["queued", "processing", "processing", "completed"]
+
+
+def _run(deployment, listener, interrupt, timeout_s=60):
+    """100 jobs, with an interruption in the middle; each is told in order and without a gap."""
+    jobs = [deployment.task.note.delay("/dev/null", str(number), 0.2) for number in range(100)]
+    eventually(lambda: len(listener.all_changes()) >= 100 and _completed(listener) >= 20, 30)
+    interrupt()
+    eventually(lambda: _completed(listener) == 100, timeout_s, lambda: f"{_completed(listener)} of 100")
+    for job in jobs:
+        kinds = told(listener, job)
+        assert (kinds[0], kinds[-1], kinds.count("completed")) == ("queued", "completed", 1)
+        assert [log["sequence"] for log in deployment.app.store.logs(job.id)] == [
+            change["sequence"] for change in listener.changes(job)
+        ]
+
+
+def _completed(listener):
+    return sum(changes[-1]["event_type"] == "completed" for changes in listener.all_changes().values())
+
+
+@pytest.mark.parametrize("is_relay", [False, True])
+def test_a_run_with_a_dead_worker_is_told_in_order_and_without_a_gap(deployment, listener, worker_id, is_relay):
+    first = deployment.start_worker("--concurrency=2")
+    _wait_for_relay(deployment)
+    second = deployment.start_worker("--concurrency=2", env={"WORKER_ID": f"{worker_id}-2"})
+
+    _run(deployment, listener, (first if is_relay else second).kill9_everything)
+
+    assert any("lost" in [c["event_type"] for c in changes] for changes in listener.all_changes().values())
+
+
+def test_a_relay_that_stops_hands_over(deployment, listener, worker_id):
+    first = deployment.start_worker("--concurrency=2")
+    _wait_for_relay(deployment)
+    deployment.start_worker("--concurrency=2", env={"WORKER_ID": f"{worker_id}-2"})
+
+    _run(deployment, listener, first.terminate)
+
+
+def test_the_same_on_rabbitmq_and_postgresql(
+    deploy, listener, mosquitto, worker_id, fresh_rabbitmq_url, fresh_postgres_url
+):
+    servers = {"CELERY_BROKER_URL": fresh_rabbitmq_url, "DATABASE_URL": fresh_postgres_url}
+    upgrade = [sys.executable, "-m", "celery", "-A", "tasks", "db", "upgrade"]
+    subprocess.run(upgrade, cwd=REPOSITORY, env=without_settings(os.environ) | servers, check=True, timeout=60)
+    deployment = deploy(mosquitto.port, **servers)
+    first = deployment.start_worker("--concurrency=2")
+    _wait_for_relay(deployment)
+    deployment.start_worker("--concurrency=2", env={"WORKER_ID": f"{worker_id}-2"})
+
+    _run(deployment, listener, first.kill9_everything, 90)

@@ -1,0 +1,303 @@
+"""MQTT is never in the way: jobs run whatever the broker does, each outage is said once, and all is said after it."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.deployment import install_entry_point
+from tests.services import free_port
+from tests.tooling.waiting import eventually
+from tests.tooling.worker import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+
+def warnings(worker):
+    """The lines about MQTT."""
+    return [line for line in worker.log().splitlines() if "MQTT" in line and "WARNING" in line]
+
+
+def run_jobs(deployment, count=20):
+    """Jobs are run as if there were no MQTT; how long it took."""
+    started = time.monotonic()
+    for job in [deployment.task.add.delay(number, 1) for number in range(count)]:
+        assert job.get(timeout=20)
+    return time.monotonic() - started
+
+
+def test_a_broker_that_is_absent_at_the_start(deploy, listen, private_mosquitto, worker_id):
+    port = free_port()
+    deployment = deploy(port)
+    worker = deployment.start_worker("-Q", "add")
+    run_jobs(deployment)
+    time.sleep(4)
+    (warning,) = warnings(worker)
+    assert f"127.0.0.1:{port}" in warning
+    assert "MQTT_BROKER and MQTT_PORT" in warning
+    assert "Connection refused" in warning
+
+    private_mosquitto(port=port)
+
+    listener = listen(port)
+    listener.wait_for_capability(worker_id, 10)
+    job = deployment.task.add.delay(1, 2)
+    listener.wait_for_change(job, "completed")
+    worker.wait_for_log("is back")
+    assert len(warnings(worker)) == 1
+
+
+def test_a_broker_that_goes_and_comes_back_twice(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+
+    for times in (1, 2):
+        broker.kill9()
+        worker.wait_for_log("is lost")
+        run_jobs(deployment)
+        time.sleep(3)
+        broker.start()
+        said = len(listener.of_worker(worker_id))
+        eventually(lambda said=said: len(listener.of_worker(worker_id)) > said, 12)
+        assert len(warnings(worker)) == times
+
+    assert all("MQTT_BROKER" in warning for warning in warnings(worker))
+    assert listener.wait_for_capability(worker_id)["idle_count"] >= 1
+
+
+def test_a_frozen_broker_slows_no_job_and_costs_no_memory(deploy, listen, private_mosquitto, worker_id):
+    # Thousands of events come at once when it is back; Mosquitto drops what a subscriber has waiting above 1000.
+    broker = private_mosquitto("max_queued_messages 0")
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("--concurrency=2", "-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+    run_jobs(deployment, 200)
+    before_s, before = run_jobs(deployment, 200), _memory_mib(worker.pid)
+
+    broker.pause()
+    frozen_s = sum(run_jobs(deployment, 200) for _ in range(5)) / 5
+    eventually(lambda: any("is lost" in line for line in warnings(worker)), 20)
+    last = [deployment.task.add.delay(number, 2) for number in range(300)]
+    for job in last:
+        assert job.get(timeout=30)
+    time.sleep(6)
+    assert len(warnings(worker)) == 1
+    assert _memory_mib(worker.pid) - before < 20
+    assert frozen_s < 2 * before_s + 1
+
+    broker.resume()
+    listener.wait_until_subscribed()
+    for job in last:
+        assert listener.wait_for_change(job, "completed", 40)
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+    idle = listener.wait_for_capability(worker_id, 10, idle_count=2)
+    assert time.time() * 1000 - idle["timestamp"] < 60_000
+
+
+def _memory_mib(pid):
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+def test_the_capability_after_a_frozen_broker_is_the_present_one(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    deployment.start_worker("--concurrency=2", "-Q", "note")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id, idle_count=2)
+
+    broker.pause()
+    job = deployment.task.note.delay("/dev/null", "", 2.0)
+    deployment.wait_for(job, "completed")
+    time.sleep(14)
+    broker.resume()
+
+    listener.wait_until_subscribed()
+    listener.wait_for_change(job, "completed", 20)
+    eventually(lambda: listen(broker.port).wait_for_capability(worker_id, 5)["idle_count"] == 2, 10)
+
+
+def test_a_broker_that_takes_the_connection_and_says_nothing(deploy, worker_id):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        deployment = deploy(server.getsockname()[1])
+        worker = deployment.start_worker("-Q", "add")
+
+        run_jobs(deployment)
+        eventually(lambda: warnings(worker), 15)
+        time.sleep(8)
+
+        (warning,) = warnings(worker)
+        assert "does not answer" in warning
+        assert "MQTT_PORT" in warning
+        started = time.monotonic()
+        worker.terminate()
+        assert worker.wait() == 0
+        assert time.monotonic() - started < 8
+
+
+def test_a_slow_broker_delays_events_and_no_job(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    with _slow_road(broker.port, bytes_per_s=20_000) as port:
+        deployment = deploy(port)
+        worker = deployment.start_worker("--concurrency=2", "-Q", "add")
+        listener = listen(broker.port)
+        listener.wait_for_capability(worker_id, 20)
+
+        assert run_jobs(deployment, 100) < 20
+
+        job = deployment.task.add.delay(0, 0)
+        listener.wait_for_change(job, "completed", 40)
+        assert warnings(worker) == []
+
+
+class _slow_road:  # noqa: N801 (used as a function)
+    """A port that leads to another one, slowly."""
+
+    def __init__(self, port, bytes_per_s):
+        self._port, self._bytes_per_s = port, bytes_per_s
+
+    def __enter__(self):
+        self._server = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self._server.getsockname()[1]
+
+    def __exit__(self, *_):
+        self._server.close()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:  # the broker has ended
+                near.close()
+                continue
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one, other):
+        with one, other:
+            while True:
+                try:
+                    data = one.recv(2000)
+                    if not data:
+                        other.shutdown(socket.SHUT_RDWR)
+                        return
+                    other.sendall(data)
+                except OSError:
+                    return
+                time.sleep(len(data) / self._bytes_per_s)
+
+
+@pytest.mark.parametrize("credentials", [{}, {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": "hunter2-wrong"}])
+def test_a_broker_that_refuses_the_password(deploy, private_mosquitto, tmp_path, credentials):
+    broker = private_mosquitto(allow_anonymous=False)
+    deployment = deploy(broker.port, **credentials)
+    worker = deployment.start_worker("-Q", "add")
+
+    run_jobs(deployment)
+    eventually(lambda: warnings(worker), 10)
+    time.sleep(5)
+
+    (warning,) = warnings(worker)
+    assert "MQTT_USERNAME and MQTT_PASSWORD" in warning
+    assert "Not authorized" in warning
+    assert "hunter2" not in worker.log()
+
+
+def test_what_cannot_be_used_leaves_the_worker_without_mqtt(deploy, tmp_path):
+    deployment = deploy(8883, MQTT_USE_TLS="on", MQTT_CA_CERT=str(tmp_path / "missing.pem"))
+    worker = deployment.start_worker("-Q", "add")
+
+    run_jobs(deployment)
+
+    (warning,) = warnings(worker)
+    assert f"MQTT_CA_CERT='{tmp_path / 'missing.pem'}' can't be used" in warning
+    worker.terminate()
+    assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 70 + ".example"])
+def test_a_host_that_is_none(deploy, host):
+    deployment = deploy(1883, MQTT_BROKER=host)
+    worker = deployment.start_worker("-Q", "add")
+
+    run_jobs(deployment)
+    eventually(lambda: warnings(worker), 10)
+    time.sleep(2)
+
+    (warning,) = warnings(worker)
+    assert f"MQTT_BROKER='{host}'" in warning
+    assert "Traceback" not in worker.log()
+
+
+def test_a_broker_that_takes_no_events_from_this_client_is_said(deploy, listen, private_mosquitto, tmp_path, worker_id):
+    acl = tmp_path / "acl"
+    acl.write_text("topic read #\n")
+    broker = private_mosquitto(f"acl_file {acl}")
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("-Q", "add")
+
+    run_jobs(deployment)
+    eventually(lambda: warnings(worker), 10)
+    time.sleep(1)
+
+    (warning,) = warnings(worker)
+    assert "MQTT_TOPIC" in warning
+
+
+def test_noop_loads_no_mqtt_code(deployment, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\n"
+        "atexit.register(lambda: print('LOADED ' + str([m for m in sys.modules if 'paho' in m"
+        " or m in ('tasks.sinks.mqtt', 'tasks.sinks.client', 'tasks.broadcast', 'tasks.relay')]),"
+        " file=sys.__stderr__, flush=True))\n"
+    )
+    plug_ins = install_entry_point(tmp_path / "plug-ins", "tests.acceptance.capabilities")
+    path = f"{tmp_path}:{REPOSITORY}:{plug_ins}"
+    worker = deployment.start_worker("-Q", "add", env={"BROADCAST_TYPE": "noop", "PYTHONPATH": path})
+    run_jobs(deployment, 3)
+
+    worker.terminate()
+
+    assert worker.wait() == 0
+    assert "LOADED []" in worker.log()
+    assert deployment.app.store.duty_holder("relay") is None
+
+
+def test_a_producer_loads_no_mqtt_code():
+    code = "import sys, tasks; print([m for m in sys.modules if 'paho' in m or 'sinks' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_idle_worker_that_relays_costs_under_one_percent_of_a_cpu(deployment, listener, worker_id):
+    worker = deployment.start_worker("--concurrency=1", "-Q", "add")
+    listener.wait_for_capability(worker_id)
+    run_jobs(deployment, 3)
+    time.sleep(2)
+
+    before, started = _cpu_s(worker.pid), time.monotonic()
+    time.sleep(10)
+    share = (_cpu_s(worker.pid) - before) / (time.monotonic() - started)
+
+    print(f"an idle worker's main process takes {share:.2%} of a CPU")
+    assert share < 0.03
+
+
+def _cpu_s(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

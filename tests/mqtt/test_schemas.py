@@ -1,0 +1,210 @@
+"""The AsyncAPI document and the JSON Schemas: that they say what is true, and that they refuse what is not."""
+
+import json
+import re
+from datetime import UTC, datetime
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+
+from tasks.settings import read_settings
+from tasks.sinks import topics
+from tests.mqtt.messages import SCHEMAS, SINKS, validate
+
+EVENTS = "any/events"
+WORKER = "any/workers/worker-1"
+FAILURE = {"error_type": "CorruptMedia", "error_message": "in.jpg can't be decoded"}
+AGAIN = {"retry_count": 1, "run_after_utc": "2026-03-01T12:00:00+00:00"}
+DATA = {
+    "completed": {"result": {"output": "/data/out.webp", "width": 800}},
+    "failed": FAILURE,
+    "retry": FAILURE | AGAIN,
+    "lost": {"deaths": 1, "attempt": 2},
+    "progress": {"progress": 40.0, "stage": "encode"},
+}
+
+
+@pytest.fixture(scope="module")
+def document():
+    return yaml.safe_load((SINKS / "asyncapi.yaml").read_text())
+
+
+def event(change="started", **changed):
+    """The payload of a change as the log names it, with fields replaced; None takes nothing away."""
+    payload = topics.event(
+        topics.EVENT_TYPES[change],
+        "8af269fb",
+        DATA.get(change, {}),
+        status=topics.STATUS_AFTER[change],
+        progress=100.0 if change == "completed" else 40.0,
+        task_type="image_resize",
+        root_id="8af269fb",
+        worker_id="worker-1",
+        sequence=4,
+        at=datetime(2026, 3, 1, 12, tzinfo=UTC),
+    )
+    return json.loads(payload) | changed
+
+
+def capability(**changed):
+    payload = topics.capability("worker-1", ["image_resize"], 1, is_draining=False)
+    return json.loads(payload) | changed
+
+
+def without(payload, name):
+    return {key: value for key, value in payload.items() if key != name}
+
+
+# The document
+
+
+def test_it_is_asyncapi_3_and_refers_to_what_is_there(document):
+    assert document["asyncapi"] == "3.0.0"
+    text = json.dumps(document)
+    for reference in set(re.findall(r'"\$ref": "([^"]+)"', text)):
+        if not reference.startswith("#/"):
+            json.loads((SINKS / reference).read_text())
+            continue
+        part = document
+        for name in reference[2:].split("/"):
+            part = part[name]
+
+
+def test_it_refers_to_every_schema_and_every_schema_is_one(document):
+    files = sorted(SCHEMAS.glob("*.json"))
+
+    assert [path.name for path in files] == ["capability.json", "event.json"]
+    for path in files:
+        schema = json.loads(path.read_text())
+        Draft202012Validator.check_schema(schema)
+        assert document["components"]["messages"][path.stem]["payload"]["schema"] == {"$ref": f"schemas/{path.name}"}
+
+
+def test_its_topics_and_ports_are_the_settings_defaults(document):
+    settings = read_settings({"HOME": "/home/x"})
+    secure = read_settings({"HOME": "/home/x", "MQTT_USE_TLS": "on"})
+    worker = f"{settings.capability_topic_prefix}/{{worker_id}}"
+
+    addresses = {name: channel["address"] for name, channel in document["channels"].items()}
+    assert addresses == {"events": settings.mqtt_topic, "worker": worker, "check": f"{worker}/check"}
+    assert document["servers"]["broker"]["host"] == f"{settings.mqtt_broker}:{settings.mqtt_port}"
+    assert document["servers"]["secure"]["host"] == f"{secure.mqtt_broker}:{secure.mqtt_port}"
+
+
+def test_its_examples_fit_their_schemas(document):
+    topic_of = {"event": EVENTS, "capability": WORKER}
+    examples = [
+        (name, example["payload"])
+        for name, message in document["components"]["messages"].items()
+        for example in message.get("examples", [])
+    ]
+
+    assert len(examples) >= 4
+    for name, payload in examples:
+        validate(topic_of[name], json.dumps(payload))
+
+
+# What is right
+
+
+@pytest.mark.parametrize("change", topics.EVENT_TYPES)
+def test_every_change_of_a_job_fits(change):
+    assert validate(EVENTS, json.dumps(event(change)))["event_type"] == topics.EVENT_TYPES[change]
+
+
+def test_what_may_be_missing_may_be_null():
+    validate(EVENTS, json.dumps(event(worker_id=None)))
+    validate(EVENTS, json.dumps(event("progress", data={"progress": 1, "stage": None})))
+    validate(EVENTS, json.dumps(event("retry", data=FAILURE | AGAIN | {"run_after_utc": None})))
+    validate(EVENTS, json.dumps(event("failed", data={"error_type": None, "error_message": ""})))
+    validate(EVENTS, json.dumps(event("completed", data={"result": None, "is_truncated": True})))
+
+
+def test_every_capability_fits():
+    for is_draining in (False, True):
+        assert validate(WORKER, topics.capability("worker-1", ["image_resize"], 0, is_draining=is_draining))
+    assert validate("any/workers/a_b", topics.capability("a/b", [], 0, is_draining=False))
+    assert validate(WORKER, b"") is None
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize("name", list(event()))
+def test_every_field_of_an_event_is_needed(name):
+    with pytest.raises(ValidationError):
+        validate(EVENTS, json.dumps(without(event(), name)))
+
+
+@pytest.mark.parametrize("name", list(capability()))
+def test_every_field_of_a_capability_is_needed(name):
+    with pytest.raises(ValidationError):
+        validate(WORKER, json.dumps(without(capability(), name)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        event(extra=1),
+        event(event_type="progress"),
+        event(status="done"),
+        event(status="queued"),
+        event("completed", status="running"),
+        event("completed", progress=40.0),
+        event("completed", data={}),
+        event("created", data={"result": 1}),
+        event("failed", data={}),
+        event("failed", data=FAILURE | {"traceback": "..."}),
+        event("retry", data=FAILURE),
+        event("retry", data=FAILURE | AGAIN | {"run_after_utc": 1}),
+        event("lost", data={"deaths": 1}),
+        event("progress", data={"progress": 140.0, "stage": None}),
+        event("progress", data={"progress": 40.0}),
+        event(progress=-1),
+        event(progress=101),
+        event(progress="40"),
+        event(sequence=0),
+        event(sequence=1.5),
+        event(timestamp=1702123456.789),
+        event(job_id=""),
+        event(root_id=None),
+        event(data=None),
+    ],
+    ids=json.dumps,
+)
+def test_a_wrong_event_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        validate(EVENTS, json.dumps(wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        capability(extra=1),
+        capability(idle_count=-1),
+        capability(idle_count=None),
+        capability(capabilities="image_resize"),
+        capability(capabilities=["image_resize", "image_resize"]),
+        capability(capabilities=[1]),
+        capability(status="idle"),
+        capability(timestamp="now"),
+        capability(worker_id=""),
+    ],
+    ids=json.dumps,
+)
+def test_a_wrong_capability_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        validate(WORKER, json.dumps(wrong))
+
+
+def test_a_capability_in_another_workers_topic_is_refused():
+    with pytest.raises(AssertionError):
+        validate("any/workers/worker-2", json.dumps(capability()))
+    with pytest.raises(AssertionError):
+        validate(WORKER, json.dumps(capability(id="worker-2")))
+
+
+def test_a_topic_of_somebody_else_is_refused():
+    with pytest.raises(AssertionError):
+        validate("any/thing", json.dumps(capability()))

@@ -1,0 +1,154 @@
+"""Passwords, TLS with an own CA, client certificates; secrets from files, and none of them in a log."""
+
+import subprocess
+import time
+
+import pytest
+
+from tests.tooling.waiting import eventually
+
+pytestmark = pytest.mark.slow
+
+PASSWORD = "hunter2-correct"
+
+
+def openssl(*args, cwd):
+    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True)
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """ca.pem, server.pem/.key for 127.0.0.1, client.pem/.key, and another.pem, a CA that signed none of them."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    folder.chmod(0o755)
+    for ca in ("ca", "another"):
+        new = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
+        openssl(*new, "-subj", f"/CN=media tasks test {ca}", "-keyout", f"{ca}.key", "-out", f"{ca}.pem", cwd=folder)
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    for name in ("server", "client"):
+        new = ("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}")
+        openssl(*new, "-keyout", f"{name}.key", "-out", f"{name}.csr", cwd=folder)
+        sign = ("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
+        openssl(*sign, "-days", "2", "-extfile", "names", "-out", f"{name}.pem", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def password_broker(private_mosquitto, tmp_path):
+    passwords = tmp_path / "passwords"
+    passwords.touch(mode=0o600)
+    subprocess.run(["mosquitto_passwd", "-b", str(passwords), "worker", PASSWORD], check=True, capture_output=True)
+    return private_mosquitto(f"password_file {passwords}", allow_anonymous=False)
+
+
+def tls_lines(certificates, *more):
+    files = {"cafile": "ca.pem", "certfile": "server.pem", "keyfile": "server.key"}
+    return [*(f"{name} {certificates / file}" for name, file in files.items()), *more]
+
+
+def knows_the_ca(certificates, *, is_client=False):
+    pair = (str(certificates / "client.pem"), str(certificates / "client.key")) if is_client else (None, None)
+    return lambda client: client.tls_set(str(certificates / "ca.pem"), *pair)
+
+
+def warnings(worker):
+    return [line for line in worker.log().splitlines() if "MQTT" in line and "WARNING" in line]
+
+
+def test_a_password(deploy, listen, password_broker, worker_id):
+    deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
+    worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
+    listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
+
+    listener.wait_for_capability(worker_id)
+    job = deployment.task.add.delay(1, 2)
+    listener.wait_for_change(job, "completed")
+
+    assert warnings(worker) == []
+    assert PASSWORD not in worker.log()
+
+
+def test_a_password_from_a_file(deploy, listen, password_broker, worker_id, tmp_path):
+    (tmp_path / "secret").write_text(f"{PASSWORD}\n")
+    deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD_FILE=str(tmp_path / "secret"))
+    worker = deployment.start_worker("-Q", "add")
+
+    listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
+
+    listener.wait_for_capability(worker_id)
+    assert PASSWORD not in worker.log()
+
+
+def test_tls_with_an_own_ca(deploy, listen, private_mosquitto, certificates, worker_id):
+    broker = private_mosquitto(*tls_lines(certificates))
+    deployment = deploy(broker.port, MQTT_USE_TLS="on", MQTT_CA_CERT=str(certificates / "ca.pem"))
+    worker = deployment.start_worker("--concurrency=2", "-Q", "add,kill_its_worker")
+    listener = listen(broker.port, setup=knows_the_ca(certificates))
+
+    listener.wait_for_capability(worker_id)
+    job = deployment.task.kill_its_worker.delay(str(certificates / "deaths"))  # children are forked beside it
+    listener.wait_for_change(job, "error", 40)
+    assert warnings(worker) == []
+    killed_at = time.time()
+    worker.kill9()
+    assert listener.wait_until_gone(worker_id, 1).at - killed_at < 1
+
+
+@pytest.mark.parametrize("is_known_here", [True, False])
+def test_a_certificate_of_another_ca(deploy, private_mosquitto, certificates, is_known_here):
+    broker = private_mosquitto(*tls_lines(certificates))
+    own = {"MQTT_CA_CERT": str(certificates / "another.pem")} if is_known_here else {}
+    deployment = deploy(broker.port, MQTT_USE_TLS="on", **own)
+    worker = deployment.start_worker("-Q", "add")
+
+    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    eventually(lambda: warnings(worker), 10)
+    time.sleep(4)
+
+    (warning,) = warnings(worker)
+    assert "MQTT_CA_CERT" in warning
+
+
+def test_tls_with_a_broker_that_has_none_and_none_with_one_that_has(deploy, private_mosquitto, certificates, worker_id):
+    plain, secret = private_mosquitto(), private_mosquitto(*tls_lines(certificates))
+    ca = {"MQTT_CA_CERT": str(certificates / "ca.pem")}
+    deployment = deploy(plain.port)
+    first = deployment.start_worker("-Q", "add", env={"MQTT_USE_TLS": "on", **ca})
+    second = deployment.start_worker("-Q", "add", env={"MQTT_PORT": secret.port, "WORKER_ID": f"{worker_id}-2"})
+
+    for worker in (first, second):
+        eventually(lambda worker=worker: warnings(worker), 10)
+    time.sleep(4)
+
+    for worker in (first, second):
+        (warning,) = warnings(worker)
+        assert "MQTT_USE_TLS" in warning
+
+
+def test_a_client_certificate(deploy, listen, private_mosquitto, certificates, worker_id):
+    broker = private_mosquitto(*tls_lines(certificates, "require_certificate true"))
+    files = {"MQTT_CLIENT_CERT": certificates / "client.pem", "MQTT_CLIENT_KEY": certificates / "client.key"}
+    deployment = deploy(broker.port, MQTT_USE_TLS="on", MQTT_CA_CERT=str(certificates / "ca.pem"))
+    with_it = deployment.start_worker("-Q", "add", env=files)
+    without = deployment.start_worker("-Q", "add", env={"WORKER_ID": f"{worker_id}-2"})
+    listener = listen(broker.port, setup=knows_the_ca(certificates, is_client=True))
+
+    listener.wait_for_capability(worker_id)
+    eventually(lambda: warnings(without), 10)
+    time.sleep(4)
+
+    assert warnings(with_it) == []
+    (warning,) = warnings(without)
+    assert "MQTT_CLIENT_CERT" in warning
+    assert listener.capability(f"{worker_id}-2") is None
+
+
+def test_a_client_certificate_that_cannot_be_read(deploy, certificates):
+    files = {"MQTT_CA_CERT": certificates / "ca.pem", "MQTT_CLIENT_CERT": certificates / "missing.pem"}
+    deployment = deploy(8883, MQTT_USE_TLS="on", **files)
+    worker = deployment.start_worker("-Q", "add")
+
+    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    (warning,) = warnings(worker)
+    assert "MQTT_CLIENT_CERT" in warning

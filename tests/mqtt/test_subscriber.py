@@ -1,0 +1,69 @@
+"""A subscriber that knows only the README: it hears every change of a run of 200 jobs, in which two workers die."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.deployment import lines
+from tests.tooling.environment import without_settings
+from tests.tooling.waiting import eventually
+from tests.tooling.worker import REPOSITORY
+
+pytestmark = pytest.mark.slow
+JOBS = 200
+
+
+def readmes_subscriber() -> str:
+    """The Python code of the README's section on MQTT."""
+    section = (REPOSITORY / "README.md").read_text().split("## MQTT", 1)[1].split("\n## ", 1)[0]
+    return section.split("```python\n", 1)[1].split("```", 1)[0]
+
+
+def heard_by(path: Path) -> list[dict]:
+    return [json.loads(line) for line in lines(path)]
+
+
+def test_the_readmes_subscriber_hears_every_change_of_every_job(deploy, prefix, mosquitto, tmp_path):
+    own = deploy(mosquitto.port)
+    log = tmp_path / "heard"
+    env = without_settings(os.environ) | {
+        "MQTT_BROKER": mosquitto.host, "MQTT_PORT": str(mosquitto.port), "MQTT_TOPIC": f"{prefix}/events",
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    with log.open("wb") as stream:
+        subscriber = subprocess.Popen([sys.executable, "-c", readmes_subscriber()], env=env, stdout=stream)
+    try:
+        workers = [own.start_worker("--concurrency=2", env={"WORKER_ID": f"{prefix}-{n}"}) for n in range(3)]
+        eventually(lambda: own.app.store.duty_holder("relay"), 15)
+        probe = own.task.add.delay(0, 0)
+        eventually(lambda: any(event["job_id"] == probe.id for event in heard_by(log)), 20)
+
+        jobs = []
+        for number in range(JOBS):
+            jobs.append(own.task.note.delay("/dev/null", str(number), 0.03))
+            if number in (60, 120):
+                workers.pop(0).kill9_everything()
+        for job in jobs:
+            job.get(timeout=90)
+
+        def all_ended() -> bool:
+            ended = {event["job_id"] for event in heard_by(log) if event["event_type"] == "completed"}
+            return ended >= {job.id for job in jobs}
+
+        eventually(all_ended, 60)
+    finally:
+        subscriber.terminate()
+        subscriber.wait(10)
+
+    changes: dict[str, list[dict]] = {job.id: [] for job in jobs}
+    for event in heard_by(log):
+        if event["job_id"] in changes:
+            changes[event["job_id"]].append(event)
+    for job in jobs:
+        told = [log["sequence"] for log in own.app.store.logs(job.id)]
+        assert [event["sequence"] for event in changes[job.id]] == told
+    assert any(event["event_type"] == "lost" for told in changes.values() for event in told)

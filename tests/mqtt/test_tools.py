@@ -1,0 +1,37 @@
+"""`celery -A tasks mqtt`: the group itself, and what it costs those who don't use it."""
+
+import json
+import subprocess
+import sys
+
+from tasks.cli.mqtt import mqtt
+
+WHAT_IT_IMPORTS = """
+import json, sys
+import click, kombu
+before = set(sys.modules)
+from tasks.cli import mqtt
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_the_help_lists_the_commands(tools):
+    listed = tools.run(mqtt, "--help").stdout.split("Commands:\n")[1].splitlines()
+
+    assert [line.split()[0] for line in listed if line[2] != " "] == ["check", "cleanup", "replay", "watch", "workers"]
+
+
+def test_a_real_command_is_found_and_prints_its_help(tools):
+    started = tools.start("--help")
+
+    assert started.wait() == 0
+    assert "Follow jobs and workers over MQTT" in "".join(started.rest())
+
+
+def test_no_command_of_another_app_pays_for_it():
+    done = subprocess.run([sys.executable, "-c", WHAT_IT_IMPORTS], capture_output=True, text=True, check=True)
+
+    heavy = ("paho", "ssl", "sqlalchemy", "rich", "db", "tasks.settings", "tasks.sinks", "tasks.celery", "tasks.relay")
+    imported = json.loads(done.stdout)
+    assert "tasks.cli.mqtt_watch" in imported
+    assert [name for name in imported if name == "db" or name.startswith(heavy)] == []

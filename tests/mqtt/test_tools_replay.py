@@ -1,0 +1,147 @@
+"""`mqtt replay`: what somebody missed, from the job table, in the payloads that the relay told."""
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from db.models import task_logs
+from db.records import Failure, Status
+from tests.mqtt.messages import validate
+
+ID = "8af269fb-e3fe-466a-b147-05f91584394b"
+OTHER = "91aaa2bd-2bc0-4c6f-9414-66a341ac416d"
+FAILURE = Failure(error_type="CorruptMedia", error_message="in.jpg: it can't be decoded", error_module="tasks.errors")
+
+
+@pytest.fixture
+def past(tools):
+    """Two jobs: one was retried, lost, and completed; the other one failed."""
+    store = tools.store
+    tools.claim(job := tools.job(ID))
+    due = datetime.now(UTC)
+    store.requeue(ID, attempt=1, event="retry", retry_count=1, run_after_utc=due, failure=FAILURE)
+    store.take_due(1)
+    _claim_again(tools, job, 2)
+    store.close(ID, 2, reason="its worker died", is_resting=False)
+    tools.claim(other := tools.job(OTHER))
+    store.end(other, Status.FAILED, FAILURE, attempt=1)
+    _claim_again(tools, job, 2)
+    store.complete(ID, 4, {"output": "/data/out.webp", "width": 800})
+    return tools
+
+
+def _claim_again(tools, job, publication):
+    from db.records import Decision, Liveness
+
+    claim = tools.store.claim(
+        job, job_id=job.job_id, publication=publication, worker_id="edge-1", lease="lease of edge-1", is_loss=False,
+        judge=lambda _holder: Liveness.ALIVE, max_deaths=3,
+    )  # fmt: skip
+    assert claim.decision is Decision.RUN
+
+
+def payloads(result):
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_a_jobs_events_come_in_order_in_the_payloads_of_the_contract(past):
+    result = past.mqtt("replay", "--job", ID[:8], "--json")
+
+    events = payloads(result)
+    for line in result.stdout.splitlines():
+        validate(past.settings.mqtt_topic, line)
+    assert [event["event_type"] for event in events] == [
+        "queued", "processing", "processing", "retry", "processing", "processing", "lost", "processing", "processing",
+        "completed",
+    ]  # fmt: skip
+    assert [event["sequence"] for event in events] == list(range(1, 11))
+    assert {event["job_id"] for event in events} == {ID}
+    why = {"error_type": "CorruptMedia", "error_message": "in.jpg: it can't be decoded"}
+    assert events[3]["data"].items() >= (why | {"retry_count": 1}).items()
+    assert events[6]["data"] == {"deaths": 1, "attempt": 2}
+    assert events[9]["data"] == {"result": {"output": "/data/out.webp", "width": 800}}
+    assert (events[9]["progress"], events[9]["status"], events[9]["worker_id"]) == (100.0, "completed", "edge-1")
+    assert payloads(past.mqtt("replay", "--job", OTHER, "--json"))[-1]["data"] == why
+
+
+def test_people_get_the_lines_that_watch_prints(past):
+    lines = past.mqtt("replay", "--job", OTHER).stdout.splitlines()
+
+    assert len(lines) == 4
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d\.\d{3}  error       91aaa2bd  image_resize .* failed .*  edge-1 +"
+        r"CorruptMedia: in.jpg: it can't be decoded",
+        lines[-1],
+    )
+
+
+def test_since_takes_all_jobs_from_a_time_on(past):
+    from sqlalchemy import update
+
+    hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    with past.store.database.transaction() as connection:
+        old = update(task_logs).where(task_logs.c.id <= 4).values(created_at=hour_ago)
+        connection.execute(old)
+
+    def since(text):
+        return [
+            (event["job_id"], event["sequence"]) for event in payloads(past.mqtt("replay", "--since", text, "--json"))
+        ]
+
+    everything = since("2h")
+    assert len(everything) == 14
+    assert since("10m") == since("600s") == everything[4:]
+    assert since((hour_ago + timedelta(seconds=1)).isoformat()) == everything[4:]
+    assert since(hour_ago.astimezone().replace(tzinfo=None).isoformat()) == everything
+    assert since((datetime.now(UTC) + timedelta(hours=1)).isoformat()) == []
+
+
+def test_since_finds_its_place_in_a_long_log(tools):
+    from sqlalchemy import insert
+
+    tools.job(ID)
+    start = datetime.now(UTC) - timedelta(seconds=20_000)
+    rows = [
+        {"job_id": ID, "sequence": number, "event_type": "republished", "created_at": start + timedelta(seconds=number)}
+        for number in range(2, 20_000)
+    ]
+    with tools.store.database.transaction() as connection:
+        connection.execute(insert(task_logs), rows)
+
+    numbers = [event["sequence"] for event in payloads(tools.mqtt("replay", "--since", "1000s", "--json"))]
+
+    assert numbers == list(range(numbers[0], 20_000))
+    assert 980 <= len(numbers) <= 1000
+
+
+def test_publish_tells_them_again(past):
+    watching = past.start("watch", "--json", "--count", "4", "--timeout", "20")
+    watching.line("err")
+
+    result = past.mqtt("replay", "--job", OTHER, "--json", "--publish")
+
+    assert watching.wait() == 0
+    assert watching.rest() == result.stdout.splitlines()
+    assert f"4 events published to {past.settings.mqtt_topic} on 127.0.0.1:" in result.stderr
+
+
+def test_what_is_asked_wrongly_is_said(tools):
+    for args in ([], ["--job", ID, "--since", "1h"], ["--since", "soon"], ["--since", "99999999d"]):
+        assert tools.mqtt("replay", *args).exit_code == 2
+    assert "no job's id starts with 'nope'" in tools.error("replay", "--job", "nope")
+
+
+def test_it_says_what_the_relay_said(deployment, listener, worker_id, tools_for, mosquitto):
+    deployment.start_worker("--concurrency=2")
+    listener.wait_for_capability(worker_id)
+    job = deployment.task.add.delay(40, 2)
+    listener.wait_for_change(job, "completed")
+
+    tools = tools_for(mosquitto.port, mosquitto.topic_prefix)
+
+    assert payloads(tools.mqtt("replay", "--job", job.id, "--json")) == listener.changes(job)
+    for heard in listener.heard:
+        validate(heard.topic, heard.text)

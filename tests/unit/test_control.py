@@ -1,0 +1,347 @@
+"""What people do to jobs and queues."""
+
+from datetime import timedelta
+
+import pytest
+from celery import chain, chord
+
+from db.records import Status, now
+from tasks import control
+from tasks.errors import CorruptMedia, InvalidArguments, UnknownJob, UnknownQueue
+from tasks.results import describe
+from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run
+
+
+@pytest.fixture
+def app(producer):
+    return producer.app
+
+
+@pytest.fixture
+def add(producer):
+    return producer.task.add
+
+
+def failed(producer, job):
+    """Fail a job as a worker does, with what waits for it."""
+    row = producer.row(job)
+    request = control.request_of_row(row)
+    producer.app.backend.mark_as_failure(job.id, CorruptMedia("the file is broken"), request=request)
+
+
+def statuses(producer, *jobs):
+    return [producer.row(job)["status"] for job in jobs]
+
+
+# Cancel
+
+
+def test_a_queued_job_that_is_cancelled_never_starts_and_says_why(producer, add):
+    job = add.delay(1, 1)
+
+    assert control.cancel(job.id, reason="the upload was deleted")
+
+    assert producer.row(job)["error_message"] == "cancelled: the upload was deleted"
+    assert run(add, job.id, 1, 1, publication=1) == "IGNORED"
+    assert producer.events(job) == ["created", "cancelled"]
+    assert job.state == "REVOKED"
+
+
+def test_a_resting_job_that_is_cancelled_is_never_sent(producer, reconciler, add):
+    job = add.apply_async((1, 1), countdown=60)
+    control.cancel(job.id)
+    change(producer.app, job, run_after_utc=now())
+
+    assert (reconciler.dispatch(10), messages(producer, "add")) == (0, [])
+
+
+def test_a_running_job_that_is_cancelled_loses_its_attempt(producer, app, add):
+    job = add.delay(1, 1)
+    attempt = claimed_by(app, job)
+
+    assert control.cancel(job.id)
+
+    assert app.store.cancelled_of([job.id]) == {job.id}
+    assert not app.store.owns(job.id, attempt)
+    assert not app.store.complete(job.id, attempt, 2)
+
+
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
+def test_a_job_that_has_ended_is_not_cancelled(producer, app, add, status):
+    job = add.delay(1, 1)
+    if status is Status.COMPLETED:
+        app.store.complete(job.id, claim(app.store, new_job(job.id)).attempt, 2)
+    else:
+        app.store.end(new_job(job.id), status, describe(ValueError("no")))
+
+    assert not control.cancel(job.id)
+    assert statuses(producer, job) == [status]
+
+
+def test_what_waits_for_a_cancelled_job_is_cancelled_too(producer, add):
+    last = chain(add.s(1, 1), add.s(2), add.s(3))()
+
+    control.cancel(last.parent.parent.id)
+
+    assert statuses(producer, last.parent.parent, last.parent, last) == ["cancelled"] * 3
+
+
+def test_a_chord_fails_when_a_member_is_cancelled(producer, add):
+    body = chord([add.s(1, 1), add.s(2, 2)], producer.task.total.s())()
+    member = body.parent.results[0]
+
+    control.cancel(member.id)
+
+    assert statuses(producer, member, body) == ["cancelled", "failed"]
+    assert member.id in producer.row(body)["error_message"]
+
+
+@pytest.mark.parametrize("do", [control.cancel, control.replay, control.retry, control.explain])
+def test_an_unknown_job_is_refused_by_its_id(producer, do):
+    with pytest.raises(UnknownJob, match="no job has the id nobody"):
+        do("nobody")
+
+
+# Replay, retry
+
+
+@pytest.mark.parametrize("do", [control.replay, control.retry])
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+def test_a_job_that_ended_badly_runs_again_as_new(producer, app, reconciler, add, do, end):
+    job = add.delay(1, 1)
+    messages(producer, "add")
+    change(app, job, deaths=2, retry_count=2)
+    failed(producer, job) if end == "failed" else control.cancel(job.id)
+
+    assert do(job.id)
+
+    row = producer.row(job)
+    assert (row["status"], row["deaths"], row["retry_count"], row["error_type"]) == ("queued", 0, 0, None)
+    assert producer.events(job) == ["created", end, "replayed"]
+    assert reconciler.dispatch(10) == 1
+    assert publications(producer, "add") == [(job.id, 2)]
+    assert run(add, job.id, 1, 1, publication=2) == 2
+
+
+@pytest.mark.parametrize("do", [control.replay, control.retry])
+def test_a_job_that_waits_or_works_is_not_run_again(producer, app, add, do):
+    waiting, working, done = add.delay(1, 1), add.delay(1, 1), add.delay(1, 1)
+    claimed_by(app, working)
+    app.store.complete(done.id, claim(app.store, new_job(done.id)).attempt, 2)
+
+    assert [do(job.id) for job in (waiting, working, done)] == [False] * 3
+    assert statuses(producer, waiting, working, done) == ["queued", "running", "completed"]
+
+
+def test_a_job_that_rests_until_its_retry_can_be_run_at_once(producer, app, reconciler, add):
+    job = add.delay(1, 1)
+    messages(producer, "add")
+    attempt = claimed_by(app, job)
+    due = now() + timedelta(seconds=600)
+    app.store.requeue(job.id, attempt=attempt, event="retry", retry_count=1, run_after_utc=due)
+    assert reconciler.dispatch(10) == 0
+
+    assert control.retry(job.id)
+
+    assert reconciler.dispatch(10) == 1
+    assert publications(producer, "add") == [(job.id, producer.row(job)["publication"])]
+    assert producer.row(job)["retry_count"] == 1
+
+
+def test_what_failed_with_a_job_follows_its_replay(producer, reconciler, add):
+    last = chain(add.s(1, 1), add.s(2))()
+    failed(producer, last.parent)
+    assert statuses(producer, last.parent, last) == ["failed", "failed"]
+    messages(producer, "add")
+
+    control.replay(last.parent.id)
+    reconciler.dispatch(10)
+    (message,) = messages(producer, "add")
+    chain_of_it = message.payload[2]["chain"]
+    assert run(add, last.parent.id, 1, 1, publication=2, chain=chain_of_it) == 2
+
+    assert statuses(producer, last.parent, last) == ["completed", "queued"]
+
+
+def test_a_job_whose_key_another_one_has_taken_is_not_replayed(producer, add):
+    first = add.apply_async((1, 1), unique_key="k")
+    control.cancel(first.id)
+    second = add.apply_async((1, 1), unique_key="k")
+
+    with pytest.raises(InvalidArguments, match=f"{second.id} lives, with the same unique_key"):
+        control.replay(first.id)
+    assert statuses(producer, first, second) == ["cancelled", "queued"]
+
+
+# Explain
+
+
+def why(job):
+    """The reasons for which a job waits."""
+    return [chapter.text for chapter in control.explain(job.id) if chapter.event == "waits"]
+
+
+def test_a_job_waits_because_no_worker_serves_its_queue(app, add):
+    app.store.heartbeat(beat_of("w1", capabilities=["addd"]))
+
+    assert why(add.delay(1, 1))[0] == "no worker serves add; did you mean addd?"
+
+
+@pytest.fixture
+def served(app):
+    app.store.heartbeat(beat_of("w1"))
+
+
+def test_a_job_waits_because_its_queue_is_paused(app, add, served):
+    job = add.delay(1, 1)
+    control.pause("add", "maintenance", for_s=60)
+
+    assert why(job)[0].startswith("add is paused until 20")
+    assert why(job)[0].endswith(" UTC: maintenance")
+
+
+def test_a_job_waits_until_it_is_due(app, add, served):
+    job = add.apply_async((1, 1), countdown=60)
+    assert why(job)[0].startswith("is due at ")
+
+    change(app, job, retry_count=2)
+    assert why(job)[0].startswith("retry 2 is due at ")
+
+    change(app, job, run_after_utc=now())
+    assert why(job) == ["due, and about to be published"]
+
+
+def test_a_job_waits_behind_others_of_its_priority_or_a_higher_one(add, served):
+    add.apply_async((1, 1), priority=5)
+    add.apply_async((1, 1), priority=9)
+    add.apply_async((1, 1), priority=1)
+    job = add.apply_async((1, 1), priority=5)
+    add.apply_async((1, 1), priority=5)
+
+    assert why(job) == ["behind 2 other jobs of add"]
+
+
+def test_a_job_is_the_next_one_or_all_workers_are_busy(app, add, served):
+    job = add.delay(1, 1)
+    assert why(job) == ["it is the next one"]
+
+    app.store.heartbeat(beat_of("w1", current_tasks=["another"]))
+    assert why(job) == ["it is the next one; all workers of its queue are busy"]
+
+
+def test_the_story_of_a_job_names_attempts_workers_errors_and_deaths(producer, app, reconciler, add):
+    job = add.delay(1, 1)
+    claimed_by(app, job, "dead")
+    for finding in list(reconciler.dead_holders()):
+        finding.mend()
+    failed(producer, job)
+
+    story = control.explain(job.id)
+
+    assert [chapter.event for chapter in story] == ["created", "claimed", "started", "lost", "failed"]
+    assert (story[1].worker, story[1].text) == ("dead", "attempt 1")
+    assert "its worker died" in story[3].text
+    assert "1 of its workers have died" in story[3].text
+    assert story[4].text == "CorruptMedia: the file is broken"
+    assert [chapter.at for chapter in story] == sorted(chapter.at for chapter in story)
+
+
+def test_a_running_job_says_who_has_it_and_how_far_it_is(app, add, served):
+    job = add.delay(1, 1)
+    app.store.progress(job.id, claimed_by(app, job, "w1"), percent=40, stage="reading")
+
+    last = control.explain(job.id)[-1]
+
+    assert (last.event, last.worker) == ("runs", "w1")
+    assert last.text == "40 % (reading), attempt 1, heard of 0 s ago"
+
+
+# Queues
+
+
+def queue_named(name):
+    return {queue.name: queue for queue in control.queues()}[name]
+
+
+def test_a_queue_says_what_waits_and_runs_in_it_and_who_serves_it(app, add, served):
+    jobs = [add.delay(n, n) for n in range(3)]
+    claimed_by(app, jobs[0], "w1")
+
+    queue = queue_named("add")
+
+    assert (queue.queued, queue.running, list(queue.workers), queue.is_paused) == (2, 1, ["w1"], False)
+    assert queue_named("total").workers == []
+
+
+def test_a_pause_is_shown_with_its_reason_and_end_until_it_is_resumed(producer):
+    control.pause("add", "maintenance", for_s=60)
+
+    queue = queue_named("add")
+    assert (queue.is_paused, queue.reason) == (True, "maintenance")
+    assert 55 < (queue.paused_until - now()).total_seconds() <= 60
+    assert (control.resume("add"), control.resume("add")) == (True, False)
+    assert not queue_named("add").is_paused
+
+
+def test_a_pause_ends_by_itself(app, add):
+    control.pause("add", for_s=60)
+    app.store.pause("add", until=now() - timedelta(seconds=1))
+
+    assert not queue_named("add").is_paused
+    assert run(add, add.delay(1, 1).id, 1, 1, publication=1) == 2
+
+
+@pytest.mark.parametrize("for_s", [0, -1, float("inf"), float("nan")])
+def test_a_pause_of_no_time_is_refused(producer, for_s):
+    with pytest.raises(InvalidArguments, match="give seconds above 0"):
+        control.pause("add", for_s=for_s)
+
+
+@pytest.mark.parametrize("do", [control.pause, control.purge])
+def test_an_unknown_queue_is_refused_with_the_nearest_known(producer, do):
+    with pytest.raises(UnknownQueue, match=r"no queue is called aad; did you mean add\?"):
+        do("aad")
+
+
+def test_a_purge_cancels_what_waits_in_one_queue_and_nothing_else(producer, app, add):
+    waiting, resting, running = add.delay(1, 1), add.apply_async((1, 1), countdown=60), add.delay(1, 1)
+    elsewhere = producer.task.quiet.delay(1)
+    claimed_by(app, running)
+
+    assert control.purge("add") == 2
+
+    assert statuses(producer, waiting, resting, running, elsewhere) == ["cancelled", "cancelled", "running", "queued"]
+    assert producer.row(waiting)["error_message"] == "the queue add was purged"
+    assert control.purge("add") == 0
+
+
+# Celery's own remote control
+
+
+@pytest.mark.parametrize("revoke", [lambda job: job.revoke(), lambda job: job.app.control.revoke([job.id])])
+def test_a_revoke_is_written_down_though_no_worker_runs(producer, add, revoke):
+    job = add.delay(1, 1)
+
+    revoke(job)
+
+    assert statuses(producer, job) == ["cancelled"]
+
+
+@pytest.mark.parametrize(("terminate", "status"), [(False, "running"), (True, "cancelled")])
+def test_a_revoke_ends_a_running_job_only_if_it_says_so(producer, app, add, terminate, status):
+    job = add.delay(1, 1)
+    claimed_by(app, job)
+
+    job.revoke(terminate=terminate)
+
+    assert statuses(producer, job) == [status]
+
+
+def test_a_revoke_of_what_is_unknown_or_has_ended_changes_nothing(producer, app, add):
+    job = add.delay(1, 1)
+    app.store.complete(job.id, claim(app.store, new_job(job.id)).attempt, 2)
+
+    app.control.revoke([job.id, "nobody"])
+
+    assert statuses(producer, job) == ["completed"]
+    assert app.store.job("nobody") is None

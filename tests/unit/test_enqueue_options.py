@@ -1,0 +1,255 @@
+"""What else `.delay()` can do: later, through the outbox, without a database, one at a time, from within a worker."""
+
+import time
+from datetime import timedelta
+
+import pytest
+from celery import chain, chord, group
+from celery.exceptions import TimeoutError as ResultTimeout
+from kombu.exceptions import OperationalError
+
+from db.records import Status, now
+from tasks.errors import InvalidArguments
+from tasks.results import describe
+from tests.acceptance.deployment import deployed
+from tests.unit.jobs import change, claim, messages, new_job, publications, run
+
+
+@pytest.fixture
+def task(producer):
+    return producer.task
+
+
+@pytest.fixture
+def add(task):
+    return task.add
+
+
+# Due at once, after all
+
+
+@pytest.mark.parametrize("options", [{"countdown": 0}, {"countdown": -5}, {"eta": now() - timedelta(hours=1)}])
+def test_what_is_due_already_is_sent_at_once(producer, add, options):
+    job = add.apply_async((1, 1), **options)
+
+    assert publications(producer, "add") == [(job.id, 1)]
+    assert producer.row(job)["run_after_utc"] is None
+
+
+def test_headers_of_the_caller_are_kept_in_the_row(producer, add):
+    job = add.apply_async((1, 1), headers={"trace": "abc"})
+
+    assert producer.row(job)["message"]["options"]["headers"] == {"trace": "abc"}
+    (message,) = messages(producer, "add")
+    assert (message.headers["trace"], message.headers["publication"]) == ("abc", 1)
+
+
+# ENQUEUE=outbox
+
+
+def test_with_the_outbox_the_row_is_enough_and_a_worker_sends_the_message(server_dir, tmp_path):
+    from tasks.reconciler import Reconciler
+
+    with deployed(server_dir, tmp_path, {"ENQUEUE": "outbox"}) as deployment:
+        job = deployment.task.add.apply_async((1, 2), priority=8)
+        assert not list(server_dir.glob("broker.db"))
+        assert (deployment.row(job)["status"], deployment.row(job)["published_at"]) == ("queued", None)
+
+        reconciler = Reconciler(deployment.app)
+        assert reconciler.dispatch(10) == 1
+        reconciler._outlet._drop()
+
+        (message,) = messages(deployment, "add")
+        assert (message.headers["id"], message.headers["publication"]) == (job.id, 1)
+        assert message.properties["priority"] == 8
+        assert run(deployment.task.add, job.id, 1, 2, publication=1) == 3
+
+
+# ENQUEUE=broker
+
+
+@pytest.fixture
+def databaseless(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path, {"ENQUEUE": "broker"}) as deployment:
+        yield deployment
+
+
+def test_without_a_database_only_the_message_is_sent_and_its_row_appears_at_the_guard(databaseless):
+    job = databaseless.task.add.apply_async((1, 2), priority=8)
+
+    (message,) = messages(databaseless, "add")
+    assert (message.headers["id"], message.properties["priority"]) == (job.id, 8)
+    assert not list(databaseless.server_dir.glob("media_store.db*"))
+    databaseless.app.leases.take()  # as a worker does
+    assert run(databaseless.task.add, job.id, 1, 2) == 3
+    assert databaseless.row(job)["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda job: job.get(timeout=5),
+        lambda job: job.state,
+        lambda job: job.ready(),
+        lambda job: group_of(job).join_native(timeout=5),
+    ],
+    ids=["get", "state", "ready", "group"],
+)
+def test_without_a_database_reading_a_result_raises_at_once(databaseless, read):
+    job = databaseless.task.add.delay(1, 2)
+    began = time.monotonic()
+
+    with pytest.raises(Exception, match="ENQUEUE=broker") as caught:
+        read(job)
+
+    assert not isinstance(caught.value, ResultTimeout)
+    assert time.monotonic() - began < 1
+    assert not list(databaseless.server_dir.glob("media_store.db*"))
+
+
+def group_of(job):
+    from celery.result import ResultSet
+
+    return ResultSet([job], app=job.app)
+
+
+def test_without_a_database_arguments_are_checked_all_the_same(databaseless):
+    with pytest.raises(InvalidArguments, match="width"):
+        databaseless.task.image_resize.delay("/in.jpg", "/out.webp")
+    with pytest.raises(InvalidArguments, match="ENQUEUE=strict or outbox"):
+        databaseless.task.add.apply_async((1, 2), unique_key="k")
+
+    assert messages(databaseless, "add") == messages(databaseless, "image_resize") == []
+
+
+# Unique jobs
+
+
+def test_a_second_job_of_a_key_is_the_first(producer, add):
+    first = add.apply_async((1, 1), unique_key="upload-7")
+    second = add.apply_async((2, 2), unique_key="upload-7")
+
+    assert second.id == first.id
+    assert len(producer.app.store.jobs()) == 1
+    assert publications(producer, "add") == [(first.id, 1)]
+
+
+def test_without_a_key_a_unique_job_is_known_by_its_task_and_arguments(producer, add):
+    first = add.apply_async((1, 1), unique_for=60)
+
+    assert add.apply_async((1, 1), unique_for=60).id == first.id
+    assert add.apply_async((1, 2), unique_for=60).id != first.id
+    assert producer.row(first)["unique_key"].startswith("add:")
+
+
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
+def test_a_key_is_free_again_when_its_job_has_ended(producer, add, status):
+    first = add.apply_async((1, 1), unique_key="k")
+    if status is Status.COMPLETED:
+        attempt = claim(producer.app.store, new_job(first.id)).attempt
+        producer.app.store.complete(first.id, attempt, 2)
+    else:
+        producer.app.store.end(new_job(first.id), status, describe(ValueError("no")))
+
+    assert add.apply_async((1, 1), unique_key="k").id != first.id
+
+
+def test_a_key_is_held_while_its_job_runs(producer, add):
+    first = add.apply_async((1, 1), unique_key="k")
+    claim(producer.app.store, new_job(first.id))
+
+    assert add.apply_async((1, 1), unique_key="k").id == first.id
+
+
+def test_a_key_is_free_again_when_its_time_is_over(producer, add):
+    first = add.apply_async((1, 1), unique_key="k", unique_for=60)
+    assert add.apply_async((1, 1), unique_key="k").id == first.id
+
+    change(producer.app, first, unique_until=now() - timedelta(seconds=1))
+
+    assert add.apply_async((1, 1), unique_key="k").id != first.id
+
+
+@pytest.mark.parametrize(
+    "submit",
+    [
+        lambda step, unique: chain(unique, step)(),
+        lambda step, unique: chain(step, unique)(),
+        lambda step, unique: chain(step, step, unique)(),
+        lambda step, unique: group(unique, step)(),
+        lambda step, unique: chord([unique, step], step)(),
+        lambda step, unique: chord([step, step], unique)(),
+        lambda step, unique: chain(step, group(step, unique))(),
+        lambda step, unique: step.apply_async(link=unique),
+        lambda step, unique: step.apply_async(link_error=[unique]),
+    ],
+    ids=["first", "second", "third", "group", "header", "body", "nested", "link", "link_error"],
+)
+@pytest.mark.parametrize("option", [{"unique_key": "k"}, {"unique_for": 60}], ids=["key", "for"])
+def test_a_step_of_a_canvas_can_not_be_unique_and_nothing_is_written(producer, add, submit, option):
+    with pytest.raises(InvalidArguments, match="canvas"):
+        submit(add.si(1, 1), add.si(2, 2).set(**option))
+
+    assert producer.app.store.jobs() == []
+    assert messages(producer, "add") == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"unique_key": ""},
+        {"unique_key": 7},
+        {"unique_key": "k" * 256},
+        {"unique_for": 0},
+        {"unique_for": -1},
+        {"unique_for": float("inf")},
+        {"unique_for": float("nan")},
+        {"unique_for": "60"},
+        {"unique_key": "k", "unique_for": 0},
+    ],
+    ids=str,
+)
+def test_keys_and_times_that_can_not_be_used_are_refused(producer, add, option):
+    with pytest.raises(InvalidArguments, match="add: unique_"):
+        add.apply_async((1, 1), **option)
+
+    assert producer.app.store.jobs() == []
+
+
+# From within a worker
+
+
+@pytest.fixture
+def refusing(producer):
+    """A broker that takes no message while the list holds anything."""
+    send, refusals = producer.app.amqp.send_task_message, [True]
+
+    def refuse(*args, **options):
+        if refusals:
+            raise OperationalError("refused")
+        return send(*args, **options)
+
+    producer.app.amqp.__dict__["send_task_message"] = refuse
+    return refusals
+
+
+def test_a_job_that_a_worker_submits_rests_when_the_broker_refuses_it(producer, task, refusing):
+    refusing.clear()
+    outer = task.call_another.delay(1)
+    refusing.append(True)
+
+    inner_id = run(task.call_another, outer.id, 1, publication=1)
+
+    row = producer.row(inner_id)
+    assert (row["status"], row["published_at"], row["publication"]) == ("queued", None, 2)
+    assert producer.row(outer)["status"] == "completed"
+    assert (row["parent_id"], row["root_id"]) == (outer.id, outer.id)
+
+
+def test_a_step_that_can_not_work_fails_and_not_the_job_that_submits_it(producer, add):
+    last = chain(add.s(1, 1), producer.task.image_resize.s("/out.webp", width=9))()
+    message = producer.row(last.parent)["message"]["options"]
+
+    assert run(add, last.parent.id, 1, 1, publication=1, chain=message["chain"]) == 2
+    assert producer.row(last)["status"] == "failed"
+    assert producer.row(last)["error_type"] == "InvalidArguments"

@@ -1,0 +1,193 @@
+"""Who lives: by a lock on this host, by a row elsewhere."""
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from db.records import Holder, Liveness, now
+from tasks.errors import SettingsError
+from tasks.leases import Leases
+from tests.unit.jobs import claimed_by
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys
+from tasks import app
+app.leases.take()
+print(app.lease, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def process_with_lease(server_dir, worker_id="other"):
+    """Another process that holds a lease; its lease's name."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "CL_SERVER_DIR": str(server_dir)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env=env | {"WORKER_ID": worker_id},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            process.lease = process.stdout.readline().strip()
+            assert process.lease
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def leases(producer):
+    return producer.app.leases
+
+
+def holder_of(producer, worker_id):
+    (holder,) = producer.app.store.holders(worker_id=worker_id)
+    return holder
+
+
+def test_a_worker_that_holds_its_lock_lives(producer, leases):
+    leases.take()
+
+    holder = holder_of(producer, producer.app.worker_id)
+    assert holder.lease == producer.app.lease
+    assert leases.judge(holder) is Liveness.ALIVE
+    assert not leases.is_let_go(holder)
+
+
+def test_a_lease_that_was_given_back_leaves_neither_row_nor_file(producer, leases):
+    leases.take()
+
+    leases.release()
+
+    assert producer.app.store.holders() == []
+    assert list((producer.server_dir / "leases").iterdir()) == []
+
+
+def test_a_lease_that_still_holds_an_attempt_keeps_its_row_and_is_dead(producer, leases):
+    leases.take()
+    job = producer.task.add.delay(1, 1)
+    claimed_by(producer.app, job, "dead")
+
+    producer.app.store.forget_lease("lease of dead")
+
+    assert leases.judge(holder_of(producer, "dead")) is Liveness.DEAD
+
+
+def test_another_process_of_this_host_lives_until_it_is_killed(producer, leases):
+    with process_with_lease(producer.server_dir) as process:
+        holder = holder_of(producer, "other")
+        assert holder.lease == process.lease
+        assert holder.host_id == leases.host_id
+        assert leases.judge(holder) is Liveness.ALIVE
+
+        process.kill()
+        process.wait()
+
+    assert leases.judge(holder) is Liveness.DEAD
+    assert leases.is_let_go(holder)
+
+
+@pytest.mark.parametrize(("silent_s", "liveness"), [(59, Liveness.ALIVE), (61, Liveness.DEAD)])
+def test_a_process_that_holds_its_lock_but_is_stopped_counts_as_dead_after_a_minute(
+    producer, leases, silent_s, liveness
+):
+    leases.take()
+    silent = Holder(producer.app.lease, "w", leases.host_id, now() - timedelta(seconds=silent_s))
+
+    assert leases.judge(silent) is liveness
+    assert not leases.is_let_go(silent)
+
+
+@pytest.mark.parametrize(("silent_s", "liveness"), [(0, Liveness.UNCERTAIN), (14, Liveness.UNCERTAIN)])
+def test_nothing_is_certain_of_a_worker_elsewhere_that_was_heard_of(leases, silent_s, liveness):
+    assert leases.judge(Holder("x", "w", "another host", now() - timedelta(seconds=silent_s))) is liveness
+
+
+def test_a_worker_elsewhere_is_dead_once_its_lease_is_over(leases):
+    silent = Holder("x", "w", "another host", now() - timedelta(seconds=16))
+
+    assert leases.judge(silent) is Liveness.DEAD
+    assert not leases.is_let_go(silent)
+
+
+def test_two_directories_are_two_hosts(producer, leases, tmp_path, monkeypatch):
+    leases.take()
+    other = Leases(producer.app)
+    monkeypatch.setattr(other, "_directory", tmp_path)
+
+    assert other.host_id != leases.host_id
+    assert other.judge(holder_of(producer, producer.app.worker_id)) is Liveness.UNCERTAIN
+
+
+# Names
+
+
+@pytest.fixture
+def named(producer, monkeypatch):
+    monkeypatch.setattr("tasks.leases._REFUSED_AFTER_S", 0.3)
+    monkeypatch.setattr("tasks.leases._RETRY_S", 0.05)
+    producer.app.worker_id = "other"
+    return producer.app.leases
+
+
+def test_a_second_worker_of_a_name_is_refused_by_its_variable(producer, named):
+    with process_with_lease(producer.server_dir), pytest.raises(SettingsError, match=r"WORKER_ID=other: .*is alive"):
+        named.take()
+
+
+def test_a_name_that_lives_elsewhere_is_refused_too(producer, named):
+    producer.app.store.renew_lease("lease", "other", "another host")
+
+    with pytest.raises(SettingsError, match="WORKER_ID=other"):
+        named.take()
+
+
+def test_the_name_of_a_dead_worker_is_free_at_once(producer, named):
+    with process_with_lease(producer.server_dir) as process:
+        process.kill()
+        process.wait()
+
+    began = time.monotonic()
+    named.take()
+
+    assert time.monotonic() - began < 0.25
+    assert producer.app.lease != process.lease
+
+
+def test_a_name_is_free_once_its_worker_ends_within_the_wait(producer, named, monkeypatch):
+    monkeypatch.setattr("tasks.leases._REFUSED_AFTER_S", 30)
+    with process_with_lease(producer.server_dir) as process:
+        monkeypatch.setattr("tasks.leases.time.sleep", lambda _: (process.kill(), process.wait()))
+        named.take()
+
+    assert producer.app.lease
+
+
+def test_a_directory_that_can_not_be_written_is_refused_by_its_variable(producer, leases):
+    (producer.server_dir / "leases").write_text("a file stands here")
+
+    with pytest.raises(SettingsError, match="CL_SERVER_DIR"):
+        leases.take()
+
+
+def test_only_old_files_of_the_dead_are_swept(producer, leases):
+    leases.take()
+    directory = producer.server_dir / "leases"
+    (directory / "new").touch()
+    (directory / "old").touch()
+    for name in ("old", producer.app.lease):
+        os.utime(directory / name, (0, 0))
+
+    leases.sweep()
+
+    assert {path.name for path in directory.iterdir()} == {"new", producer.app.lease}

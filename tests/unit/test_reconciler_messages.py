@@ -1,0 +1,307 @@
+"""Messages that the broker lost, and those that are due."""
+
+from datetime import timedelta
+
+import pytest
+from kombu.exceptions import OperationalError
+
+from db.records import now
+from tasks.reconciler import Reconciler
+from tests.acceptance.deployment import deployed
+from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, publications
+
+
+@pytest.fixture
+def app(producer):
+    return producer.app
+
+
+@pytest.fixture
+def add(producer):
+    return producer.task.add
+
+
+def settled(app, *jobs):
+    """Have jobs been published some time ago."""
+    for job in jobs:
+        change(app, job, published_at=now() - timedelta(seconds=10))
+
+
+# Lost messages, embedded broker
+
+
+def test_exactly_the_jobs_without_a_message_are_published_again(producer, app, reconciler, add):
+    lost = add.delay(1, 1)
+    messages(producer, "add")
+    kept = add.delay(2, 2)
+    settled(app, lost, kept)
+
+    assert mend(reconciler.lost_messages()) == [lost.id]
+
+    assert reconciler.dispatch(10) == 1
+    assert sorted(publications(producer, "add")) == sorted([(kept.id, 1), (lost.id, 2)])
+    assert producer.events(lost) == ["created", "republished"]
+
+
+def test_a_lost_message_is_found_although_newer_ones_stand_in_its_queue(producer, app, reconciler, add):
+    lost = add.delay(1, 1)
+    settled(app, lost)
+    messages(producer, "add")
+    add.delay(2, 2)
+
+    assert [finding.subject for finding in reconciler.lost_messages()] == [lost.id]
+
+
+def test_a_message_that_was_sent_just_now_is_not_lost(producer, reconciler, add):
+    add.delay(1, 1)
+    messages(producer, "add")
+
+    assert list(reconciler.lost_messages()) == []
+
+
+def test_a_message_that_a_worker_has_reserved_is_not_lost(producer, app, reconciler, add):
+    settled(app, add.delay(1, 1))
+
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        assert channel.basic_get("add", no_ack=False) is not None
+        assert list(reconciler.lost_messages()) == []
+
+
+def test_a_broker_file_that_was_deleted_is_made_anew_and_filled_from_the_rows(producer, app, reconciler, add):
+    jobs = [add.delay(n, n) for n in range(3)]
+    settled(app, *jobs)
+    assert list(reconciler.lost_messages()) == []
+    app.pool.force_close_all()
+    for path in producer.server_dir.glob("broker.db*"):
+        path.unlink()
+
+    assert mend(reconciler.lost_messages()) == [job.id for job in jobs]
+
+    assert reconciler.dispatch(10) == 3
+    assert publications(producer, "add") == [(job.id, 2) for job in jobs]
+
+
+def test_a_job_that_was_claimed_meanwhile_is_not_published_again(producer, app, reconciler, add):
+    job = add.delay(1, 1)
+    settled(app, job)
+    messages(producer, "add")
+    findings = list(reconciler.lost_messages())
+    claimed_by(app, job)
+
+    mend(findings)
+
+    assert (producer.row(job)["status"], producer.row(job)["publication"]) == ("running", 1)
+
+
+# Lost messages, other brokers
+
+
+class Counting:
+    """A broker that only counts."""
+
+    def __init__(self, ready):
+        self.count = ready
+
+    def ready(self, queue):
+        return self.count
+
+    def held(self, ids):
+        return None
+
+
+@pytest.fixture
+def counting(reconciler):
+    reconciler._ledger = Counting(0)
+    return reconciler._ledger
+
+
+def found(reconciler):
+    return {finding.subject for finding in reconciler.lost_messages()}
+
+
+def test_too_few_messages_are_believed_the_second_time_ten_seconds_later(app, reconciler, counting, clock, add):
+    jobs = [add.delay(n, n) for n in range(3)]
+    settled(app, *jobs)
+
+    assert found(reconciler) == set()
+    clock.pass_s(5)
+    assert found(reconciler) == set()
+    clock.pass_s(5)
+    assert found(reconciler) == {job.id for job in jobs}
+
+
+def test_enough_messages_in_between_make_it_begin_again(app, reconciler, counting, clock, add):
+    settled(app, add.delay(1, 1))
+
+    for ready in (0, 1, 0):
+        counting.count = ready
+        assert found(reconciler) == set()
+        clock.pass_s(10)
+    assert len(found(reconciler)) == 1
+
+
+def test_only_jobs_that_waited_both_times_are_published_again(app, reconciler, counting, clock, add):
+    first = add.delay(1, 1)
+    settled(app, first)
+    found(reconciler)
+    clock.pass_s(10)
+    settled(app, add.delay(2, 2))
+
+    assert found(reconciler) == {first.id}
+
+
+def test_what_a_worker_has_reserved_is_not_lost(app, reconciler, counting, clock, add):
+    lost, reserved = add.delay(1, 1), add.delay(2, 2)
+    settled(app, lost, reserved)
+    app.store.heartbeat(beat_of("w1", reserved_tasks=[reserved.id]))
+
+    found(reconciler)
+    clock.pass_s(10)
+
+    assert found(reconciler) == {lost.id}
+
+
+@pytest.mark.parametrize(("slots", "is_lost"), [(2, False), (1, True)])
+def test_as_many_as_the_workers_have_slots_may_have_been_reserved_since(
+    app, reconciler, counting, clock, add, slots, is_lost
+):
+    settled(app, *[add.delay(n, n) for n in range(3)])
+    app.store.heartbeat(beat_of("w1", concurrency=slots))
+    counting.count = 1
+
+    found(reconciler)
+    clock.pass_s(10)
+
+    assert (len(found(reconciler)) == 3) is is_lost
+
+
+def test_more_lost_messages_than_one_look_takes_are_all_found_in_the_end(
+    app, reconciler, counting, clock, add, monkeypatch
+):
+    monkeypatch.setattr("tasks.reconciler.IN_ONE_LOOK", 2)
+    jobs = [add.delay(n, n) for n in range(5)]
+    settled(app, *jobs)
+
+    for _ in range(20):
+        mend(reconciler.lost_messages())
+        clock.pass_s(5)
+
+    assert [app.store.job(job.id)["publication"] for job in jobs] == [2] * 5
+
+
+# Dispatch
+
+
+def test_a_job_is_sent_when_it_is_due_and_not_before(producer, app, reconciler, add):
+    job = add.apply_async((1, 1), countdown=60, priority=7)
+    assert (reconciler.dispatch(10), messages(producer, "add")) == (0, [])
+
+    change(app, job, run_after_utc=now())
+
+    assert reconciler.dispatch(10) == 1
+    (message,) = messages(producer, "add")
+    assert (message.headers["id"], message.headers["publication"]) == (job.id, 1)
+    assert message.properties["priority"] == 7
+    assert message.headers["eta"] is None
+    assert producer.row(job)["published_at"] is not None
+    assert reconciler.dispatch(10) == 0
+
+
+def test_higher_priorities_are_sent_first_and_no_more_than_asked_for(producer, app, reconciler, add):
+    jobs = {priority: add.apply_async((1, 1), countdown=60, priority=priority) for priority in (1, 10, 5)}
+    for job in jobs.values():
+        change(app, job, run_after_utc=now())
+
+    assert reconciler.dispatch(2) == 2
+    assert [job_id for job_id, _ in publications(producer, "add")] == [jobs[10].id, jobs[5].id]
+    assert reconciler.dispatch(2) == 1
+
+
+def test_jobs_of_a_paused_queue_go_on_resting(producer, app, reconciler, add):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+    app.store.pause("add")
+
+    assert (reconciler.dispatch(10), messages(producer, "add")) == (0, [])
+    app.store.resume("add")
+    assert reconciler.dispatch(10) == 1
+
+
+def test_a_job_that_the_broker_refuses_rests_again_and_is_sent_later(producer, app, reconciler, add):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+    send = app.amqp.send_task_message
+
+    def refuse(*args, **options):
+        raise OperationalError("refused")
+
+    app.amqp.__dict__["send_task_message"] = refuse
+    reconciler.dispatch(10)
+    assert (producer.row(job)["status"], producer.row(job)["published_at"]) == ("queued", None)
+
+    app.amqp.__dict__["send_task_message"] = send
+    change(app, job, run_after_utc=now())
+    assert reconciler.dispatch(10) == 1
+    assert publications(producer, "add") == [(job.id, producer.row(job)["publication"])]
+
+
+def test_a_broker_that_is_away_is_asked_once_a_round_and_not_for_each_job(server_dir, tmp_path, monkeypatch):
+    """The upkeep's thread renews the lease too: it must not spend two seconds on each of 500 jobs."""
+    asked = []
+
+    class Connection:
+        connection_errors = (ConnectionError,)
+
+        def ensure_connection(self, **_):
+            asked.append(self)
+            raise OperationalError("refused")
+
+        def release(self):
+            pass
+
+    with deployed(server_dir, tmp_path, {"ENQUEUE": "outbox"}) as deployment:
+        jobs = [deployment.task.add.delay(n, n) for n in range(5)]
+        monkeypatch.setattr(deployment.app, "connection_for_write", Connection)
+        Reconciler(deployment.app).dispatch(500)
+
+        assert len(asked) == 1
+        assert [deployment.row(job)["published_at"] for job in jobs] == [None] * 5
+
+
+def test_a_job_that_the_broker_refused_is_not_due_again_at_once(producer, app, reconciler, add, monkeypatch):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+    monkeypatch.setattr(app, "publish", lambda *args, **options: 1 / 0)
+
+    reconciler.dispatch(10)
+
+    assert (app.store.next_due() - now()).total_seconds() > 0.5
+
+
+def test_a_job_that_can_not_be_sent_does_not_keep_others_from_it(producer, app, reconciler, add, monkeypatch):
+    bad, good = add.apply_async((1, 1), countdown=60, priority=10), add.apply_async((2, 2), countdown=60)
+    for job in (bad, good):
+        change(app, job, run_after_utc=now())
+    publish = app.publish
+
+    def publish_but_the_first(*args, options, **more):
+        if options["task_id"] == bad.id:
+            raise ValueError("it is too large")
+        publish(*args, options=options, **more)
+
+    monkeypatch.setattr(app, "publish", publish_but_the_first)
+    reconciler.dispatch(10)
+
+    assert publications(producer, "add") == [(good.id, 1)]
+    assert producer.row(bad)["published_at"] is None
+
+
+def test_headers_of_the_caller_are_sent_again(producer, app, reconciler, add):
+    job = add.apply_async((1, 1), headers={"trace": "abc", "publication": 99})
+    change(app, job, published_at=None, publication=2, run_after_utc=now())
+    messages(producer, "add")
+
+    reconciler.dispatch(10)
+
+    (message,) = messages(producer, "add")
+    assert (message.headers["trace"], message.headers["publication"]) == ("abc", 2)

@@ -1,0 +1,268 @@
+"""The relay on a real store, with a sink in the test's hands."""
+
+import json
+
+import pytest
+
+from db.records import Failure, NewJob, Status
+from tasks.relay import Relay
+
+
+class Recorder:
+    """A sink that confirms when it is told to."""
+
+    def __init__(self):
+        self.is_open, self.window = True, 10
+        self.told, self.mentioned = [], []
+        self.unconfirmed = 0
+
+    def tell(self, events):
+        self.told += map(json.loads, events)
+        self.unconfirmed += len(events)
+
+    def mention(self, event):
+        self.mentioned.append(json.loads(event))
+
+    def confirm(self):
+        self.unconfirmed = 0
+
+    def taken(self):
+        """What was told since the last call."""
+        taken, self.told = self.told, []
+        return taken
+
+
+@pytest.fixture
+def store(producer):
+    producer.app.leases.take()
+    return producer.app.store
+
+
+@pytest.fixture(autouse=True)
+def record_at_once(monkeypatch):
+    monkeypatch.setattr("tasks.relay.RECORD_EVERY_S", 0)
+
+
+@pytest.fixture
+def sink():
+    return Recorder()
+
+
+@pytest.fixture
+def relay(producer, store, sink):
+    def has_duty(name):
+        holder, lease = store.duty_holder(name), producer.app.lease
+        return holder == lease or store.take_duty(name, lease, after=holder)
+
+    relay = Relay(producer.app, sink, has_duty)
+    relay.round()
+    return relay
+
+
+def enqueue(store, *job_ids):
+    for job_id in job_ids:
+        store.enqueue(NewJob(job_id=job_id, task_type="add", queue="add", parameters={}))
+
+
+def claim(store, job_id, publication=1):
+    job = NewJob(job_id=job_id, task_type="add", queue="add", parameters={})
+    return store.claim(
+        job, job_id=job_id, publication=publication, worker_id="w", lease=None, is_loss=False, judge=None, max_deaths=3
+    ).attempt
+
+
+def go(relay, sink, rounds=5):
+    """Rounds of a sink that confirms at once."""
+    for _ in range(rounds):
+        sink.confirm()
+        relay.round()
+    sink.confirm()
+
+
+def test_changes_are_told_in_the_order_of_the_log(relay, store, sink):
+    enqueue(store, "a", "b")
+    store.complete("a", claim(store, "a"), {"x": 1})
+
+    relay.round()
+
+    told = [(event["job_id"], event["event_type"], event["sequence"]) for event in sink.told]
+    assert told == [
+        ("a", "queued", 1),
+        ("b", "queued", 1),
+        ("a", "processing", 2),
+        ("a", "processing", 3),
+        ("a", "completed", 4),
+    ]
+    assert sink.told[-1]["data"] == {"result": {"x": 1}}
+
+
+def test_what_is_not_confirmed_is_not_passed(relay, store, sink, producer):
+    enqueue(store, "a")
+    relay.round()
+    enqueue(store, "b")
+    relay.round()
+
+    assert [event["job_id"] for event in sink.told] == ["a"]
+    assert store.relay_position("relay", producer.app.lease) == 0
+    sink.confirm()
+    relay.round()
+    assert [event["job_id"] for event in sink.told] == ["a", "b"]
+    assert store.relay_position("relay", producer.app.lease) == 1
+
+
+def test_no_more_than_the_window_is_told_at_a_time(relay, store, sink):
+    enqueue(store, *map(str, range(25)))
+
+    relay.round()
+    assert len(sink.taken()) == 10
+    sink.confirm()
+    assert relay.round() == 0.0
+    assert len(sink.taken()) == 10
+    sink.confirm()
+    relay.round()
+    assert len(sink.taken()) == 5
+
+
+def test_rows_of_workers_are_no_events(relay, store, sink):
+    store.log_worker("w", "started", "worker started")
+    enqueue(store, "a")
+
+    relay.round()
+
+    assert [event["job_id"] for event in sink.told] == ["a"]
+
+
+def test_the_next_relay_goes_on_where_the_last_one_was(relay, store, sink, producer):
+    enqueue(store, "a")
+    go(relay, sink)
+    enqueue(store, "b")
+    relay.round()  # told, and not confirmed: this one dies
+    store.take_duty("relay", "other", after=producer.app.lease)
+    sink.taken()
+
+    position = store.relay_position("relay", "other")
+
+    assert position == 1
+    assert not store.relay_reached("relay", producer.app.lease, 2)
+    assert store.relay_position("relay", "other") == 1
+
+
+def test_a_relay_that_lost_its_duty_tells_no_more(relay, store, sink, producer):
+    enqueue(store, "a")
+    relay.round()
+    sink.taken()
+    sink.confirm()
+    store.take_duty("relay", "other", after=producer.app.lease)
+    relay._has_duty = lambda name: False
+    enqueue(store, "b")
+
+    go(relay, sink)
+
+    assert sink.told == []
+
+
+def test_a_relay_without_its_sink_leaves_the_duty(relay, store, sink):
+    sink.is_open = False
+
+    relay.round()
+
+    assert store.duty_holder("relay") is None
+
+
+def test_the_place_in_the_log_never_goes_back(relay, store, producer):
+    assert store.relay_reached("relay", producer.app.lease, 7)
+    assert store.relay_reached("relay", producer.app.lease, 3)
+    assert store.relay_position("relay", producer.app.lease) == 7
+
+
+def test_the_first_relay_begins_at_the_end(producer, store, sink):
+    enqueue(store, "before")
+    relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
+
+    relay.round()
+    enqueue(store, "after")
+    relay.round()
+
+    assert [event["job_id"] for event in sink.told] == ["after"]
+
+
+def test_a_retry_and_a_failure_say_why_even_when_the_row_has_moved_on(relay, store, sink):
+    enqueue(store, "a")
+    failure = Failure(error_type="TimeoutError", error_message="slow: very")
+    store.requeue("a", attempt=claim(store, "a"), event="retry", retry_count=1, failure=failure)
+    job = NewJob(job_id="a", task_type="add", queue="add", parameters={})
+    store.end(job, Status.FAILED, failure, attempt=claim(store, "a", 2))
+    store.replay("a")
+
+    go(relay, sink)
+
+    retry, error = (event for event in sink.told if event["event_type"] in ("retry", "error"))
+    why = {"error_type": "TimeoutError", "error_message": "slow: very"}
+    assert retry["data"] == {**why, "retry_count": 1, "run_after_utc": None}
+    assert (error["data"], error["status"]) == (why, "failed")
+    assert sink.told[-1]["event_type"] == "queued"
+
+
+def test_a_result_with_no_number_in_it_is_valid_json(relay, store, sink):
+    enqueue(store, "a")
+    store.complete("a", claim(store, "a"), {"psnr": float("inf")})
+
+    relay.round()
+
+    assert sink.told[-1]["data"] == {"result": {"psnr": None}}
+
+
+def test_a_row_that_cannot_be_told_is_passed_over(relay, store, sink, monkeypatch, caplog):
+    enqueue(store, "a", "b")
+    from tasks.sinks import topics
+
+    tell = topics.event
+
+    def event(event_type, job_id, *args, **kwargs):
+        if job_id == "a":
+            raise ValueError("broken")
+        return tell(event_type, job_id, *args, **kwargs)
+
+    monkeypatch.setattr("tasks.sinks.topics.event", event)
+
+    relay.round()
+
+    assert [event["job_id"] for event in sink.told] == ["b"]
+    assert "can't be told" in caplog.text
+
+
+class TestProgress:
+    @pytest.fixture(autouse=True)
+    def always_due(self, monkeypatch):
+        monkeypatch.setattr("tasks.relay.PROGRESS_EVERY_S", 0)
+
+    def test_it_is_mentioned_when_it_rises(self, relay, store, sink):
+        enqueue(store, "a")
+        attempt = claim(store, "a")
+        for percent in (10, 10, 5, 30):
+            store.progress("a", attempt, percent=percent, stage="encode")
+            go(relay, sink)
+
+        assert [event["progress"] for event in sink.mentioned] == [10, 30]
+        assert sink.mentioned[0]["data"] == {"progress": 10, "stage": "encode"}
+        assert {event["sequence"] for event in sink.mentioned} == {3}
+
+    def test_a_new_attempt_begins_anew(self, relay, store, sink):
+        enqueue(store, "a")
+        store.progress("a", claim(store, "a"), percent=50)
+        go(relay, sink)
+        store.close("a", 1, reason="died", is_resting=False)
+        store.progress("a", claim(store, "a"), percent=20)
+        go(relay, sink)
+
+        assert [event["progress"] for event in sink.mentioned] == [50, 20]
+
+    def test_it_waits_for_the_changes_before_it(self, relay, store, sink):
+        enqueue(store, *map(str, range(20)))
+        store.progress("0", claim(store, "0"), percent=50)
+
+        relay.round()
+        assert sink.mentioned == []
+        go(relay, sink)
+
+        assert [event["progress"] for event in sink.mentioned] == [50]

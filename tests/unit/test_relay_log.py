@@ -1,0 +1,120 @@
+"""Reading the log in PostgreSQL, where a row can become visible after one with a higher id."""
+
+import pytest
+
+from db import schema
+from db.engine import Database
+from db.records import NewJob
+from db.store import Store
+from tasks.relay import LogReader, _without
+
+
+@pytest.fixture
+def store(fresh_postgres_url):
+    database = Database(fresh_postgres_url)
+    schema.upgrade(database)
+    yield Store(database)
+    database.close()
+
+
+@pytest.fixture
+def another(store, fresh_postgres_url):
+    """A second process's store."""
+    database = Database(fresh_postgres_url)
+    yield Store(database)
+    database.close()
+
+
+def enqueue(store, *job_ids):
+    for job_id in job_ids:
+        store.enqueue(NewJob(job_id=job_id, task_type="add", queue="add", parameters={}))
+
+
+def read(reader):
+    return [row["job_id"] for row in reader.read(100)]
+
+
+def test_a_row_that_becomes_visible_late_is_not_missed(store, another):
+    reader = LogReader(store, 0)
+    with another.database.transaction():
+        enqueue(another, "late")
+        enqueue(store, "early")
+        assert read(reader) == ["early"]
+        assert (read(reader), reader.position) == ([], 0)
+
+    assert read(reader) == ["late"]
+    assert (read(reader), reader.position) == ([], 2)
+
+
+def test_nothing_waits_for_a_long_transaction(store, another):
+    reader = LogReader(store, 0)
+    with another.database.transaction():
+        enqueue(another, "long")
+        for number in range(5):
+            enqueue(store, str(number))
+            assert read(reader) == [str(number)]
+
+
+def test_the_place_that_is_kept_stays_before_what_is_missing(store, another):
+    enqueue(store, "a", "b")
+    reader = LogReader(store, 0)
+    with another.database.transaction():
+        enqueue(another, "late")
+        enqueue(store, "c")
+        assert read(reader) == ["a", "b", "c"]
+        assert reader.position == 2
+        assert read(LogReader(store, reader.position)) == ["c"]
+
+    assert read(LogReader(store, 2)) == ["late", "c"]
+
+
+def test_what_was_rolled_back_is_waited_for_no_longer(store, another):
+    reader = LogReader(store, 0)
+    with another.database.transaction() as connection:
+        enqueue(another, "never")
+        enqueue(store, "a")
+        assert read(reader) == ["a"]
+        connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("BEGIN")
+
+    assert read(reader) == []
+    assert (read(reader), reader.position) == ([], 2)
+
+
+def test_a_transaction_that_commits_between_two_looks_is_seen(store, another, monkeypatch):
+    """It ends after the rows were read and before the writers are asked."""
+    reader = LogReader(store, 0)
+    ask = store.log_writers
+    with another.database.transaction() as connection:
+        enqueue(another, "late")
+        enqueue(store, "early")
+
+        def commit_first():
+            connection.exec_driver_sql("COMMIT")
+            connection.exec_driver_sql("BEGIN")
+            return ask()
+
+        monkeypatch.setattr(store, "log_writers", commit_first)
+        assert read(reader) == ["early"]
+        monkeypatch.setattr(store, "log_writers", ask)
+    assert read(reader) == ["late"]
+
+
+def test_a_large_gap_costs_one_range(store, another):
+    reader = LogReader(store, 0)
+    with another.database.transaction():
+        enqueue(another, *map(str, range(50)))
+        enqueue(store, "early")
+        assert read(reader) == ["early"]
+        assert list(reader._missing) == [(1, 50)]
+
+    assert read(reader) == list(map(str, range(50)))
+    assert read(reader) == []
+    assert reader._missing == {}
+
+
+def test_ranges_are_split_by_what_is_found():
+    assert _without((1, 10), [3, 4, 7]) == [(1, 2), (5, 6), (8, 10)]
+    assert _without((1, 3), [1, 2, 3]) == []
+    assert _without((5, 6), [1, 9]) == [(5, 6)]
+    assert _without((1, 2), []) == [(1, 2)]
