@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 RELOCK = .venv/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 
-.PHONY: help .venv demo test lint conformance bench lock clean
+.PHONY: help .venv demo test lint slow mqtt conformance chaos bench lock clean
 
 help: ## Show this list
 	@grep -E '^[.a-z]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -16,8 +16,8 @@ demo: .venv/.runtime ## Resize and convert a folder of images and show it: make 
 	@input="$(INPUT)"; case "$$input" in "~/"*) input="$$HOME/$${input#??}" ;; esac; \
 	.venv/bin/python examples/demo.py $${input:+--input "$$input"}
 
-test: .venv/.dev ## Run the tests; pytest's own arguments in ARGS: make test ARGS="-k broker"
-	@.venv/bin/python -m pytest $(ARGS)
+test: .venv/.dev ## Run the tests but the slow ones; pytest's own arguments in ARGS: make test ARGS="-k broker"
+	@.venv/bin/python -m pytest -m "not slow and not storm" $(ARGS)
 
 lint: .venv/.dev ## Check style, types and the direction of imports
 	@.venv/bin/ruff check --quiet .
@@ -25,8 +25,17 @@ lint: .venv/.dev ## Check style, types and the direction of imports
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-logo
 
+slow: .venv/.dev ## Run the slow tests: workers that are killed and stopped in every way, on every broker
+	@.venv/bin/python -m pytest -m slow --ignore tests/mqtt $(ARGS)
+
+mqtt: .venv/.dev ## Run the slow tests against real Mosquittos: wills, outages, TLS, long runs
+	@.venv/bin/python -m pytest -m slow tests/mqtt $(ARGS)
+
 conformance: .venv/.dev ## Run kombu's own transport conformance classes on the embedded broker
 	@.ci/conformance.sh
+
+chaos: .venv/.dev ## Kill, stop and starve workers and servers, and count what is lost: make chaos ARGS="redis --seed 7"
+	@.venv/bin/python -m tests.chaos $(ARGS)
 
 bench: .venv/.dev ## Measure, side by side with other ways to do the same; arguments in ARGS
 	@.venv/bin/python -m benchmarks $(ARGS)

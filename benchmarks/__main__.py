@@ -18,6 +18,8 @@ FIGURES = {
     "pickup": "how soon an idle worker begins, and what it costs",
     "get": "how soon a waiting caller sees a completion",
     "claims": "reserve and claim with a million rows queued",
+    "due": "how late a retry and an ETA begin",
+    "recovery": "how soon a job runs again after a kill -9, on three brokers",
     "imports": "starting a producer",
     "memory": "peak memory of a pool child",
 }

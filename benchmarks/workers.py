@@ -26,8 +26,9 @@ def worker(
         running.wait_until_ready()
         yield running
     finally:
-        running.terminate()
-        running.wait(60)
+        if running.is_alive():
+            running.terminate()
+            running.wait(60)
         running.clean_up()
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.measure import Options, Row, interleaved, percentile
 from db.engine import Database
-from db.store import NewJob, Store
+from db.records import Liveness, NewJob
+from db.store import Store
 from tasks.broker.messages import MessageStore
 
 SHORT = 1_000
@@ -108,7 +109,14 @@ def _claiming(folder: Path, size: int) -> Iterator[float]:
         job = _job(oldest.popleft())
         begun = time.perf_counter()
         claim = store.claim(
-            job, publication=1, worker_id="bench", is_redelivered=False, holder_timeout_s=15, max_deaths=3
+            job,
+            job_id=job.job_id,
+            publication=1,
+            worker_id="bench",
+            lease="bench",
+            is_loss=False,
+            judge=lambda _: Liveness.ALIVE,
+            max_deaths=3,
         )
         yield time.perf_counter() - begun
         store.complete(job.job_id, claim.attempt, {})
