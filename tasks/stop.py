@@ -45,11 +45,15 @@ class GracefulStop:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
 
-    def install(self) -> None:
-        """Take over the signals that Celery has handlers for."""
+    def start(self) -> None:
+        """Listen: from here on no signal ends the worker before it has given back what it holds."""
+        self.take_signals()
+        threading.Thread(target=self._run, name="stop", daemon=True).start()
+
+    def take_signals(self) -> None:
+        """Take the signals that Celery has handlers for, also after it has set them."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             signal.signal(signum, self._on_signal)
-        threading.Thread(target=self._run, name="stop", daemon=True).start()
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         if os.getpid() == self._pid:
@@ -67,7 +71,8 @@ class GracefulStop:
         )
         if not self._has_begun:
             state.should_stop = EX_OK
-            return
+            time.sleep(LEAVE_WITHIN_S)
+            self._leave_anyhow()
         signals.worker_shutting_down.send(sender=self._worker.hostname, sig=signum, how="Warm", exitcode=EX_OK)
         self._worker.consumer.call_soon(self._drain)
         if self._is_idle_within(grace_s):

@@ -39,6 +39,8 @@ class MediaWorker(Worker):
         Raises:
             SystemExit: The database can't be used, or another worker of this name is alive; said in one line.
         """
+        self._stop = GracefulStop(self)
+        self._stop.start()
         if self.app.settings.mirror:
             try:
                 self.app.patiently(self.app.leases.take)
@@ -49,7 +51,7 @@ class MediaWorker(Worker):
     def install_platform_tweaks(self, worker: Any) -> None:
         """As Celery's, with a graceful stop in the place of its signal handlers."""
         super().install_platform_tweaks(worker)
-        GracefulStop(worker).install()
+        self._stop.take_signals()
 
     def setup_queues(self, include: Any, exclude: Any = None) -> None:
         """Choose the queues to serve.

@@ -107,10 +107,14 @@ def test_a_retry_is_not_lost_wherever_a_process_dies(own, task, start, tmp_path,
         assert worker.wait() == -signal.SIGKILL
         own.start_worker("--concurrency=1")
 
-    assert job.get(**GET) == 2
+    runs = job.get(**GET)
     ended_once(own, job)
-    assert lines(tmp_path / "runs") == ["run", "run"]
-    assert own.row(job)["retry_count"] == 1
+    row = own.row(job)
+    # A message that was sent may reach a child of the dying worker: that run is a death, and counted.
+    assert row["deaths"] <= (1 if point == "due sent" else 0)
+    assert runs == 2 + row["deaths"]
+    assert lines(tmp_path / "runs") == ["run"] * runs
+    assert row["retry_count"] == 1
 
 
 def test_a_main_process_that_dies_while_it_closes_an_attempt_loses_nothing(own, task, start, tmp_path):

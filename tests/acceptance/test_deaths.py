@@ -2,14 +2,13 @@
 
 import os
 import signal
-import sqlite3
-import threading
 import time
 
 import pytest
 import pyvips
 
 from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
+from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
 COMPLETED = ["created", "claimed", "started", "completed"]
@@ -116,31 +115,6 @@ def test_other_pools_run_jobs_and_record_them(own, task, tmp_path, pool):
     assert [own.events(job) for job in jobs] == [COMPLETED] * 6
     worker.terminate()
     assert worker.wait() == 0
-
-
-class Lock:
-    """Holds the write lock of the job database, as another process that is in the middle of something does."""
-
-    def __init__(self, path, seconds):
-        self.path, self.seconds = path, seconds
-        self.is_held = threading.Event()
-        self.thread = threading.Thread(target=self._hold)
-
-    def __enter__(self):
-        self.thread.start()
-        assert self.is_held.wait(5)
-        return self
-
-    def __exit__(self, *_):
-        self.thread.join()
-
-    def _hold(self):
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=10)
-        connection.execute("BEGIN IMMEDIATE")
-        self.is_held.set()
-        time.sleep(self.seconds)
-        connection.execute("ROLLBACK")
-        connection.close()
 
 
 def test_a_locked_database_delays_claims_and_completions_and_fails_none(own, task, tmp_path):

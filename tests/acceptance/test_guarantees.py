@@ -13,8 +13,8 @@ from kombu import Connection
 
 from db import schema
 from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
-from tests.acceptance.test_deaths import Lock
 from tests.tooling import processes
+from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow

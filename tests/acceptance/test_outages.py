@@ -6,7 +6,7 @@ import pytest
 
 from db.records import now
 from tests.acceptance.deployment import deployed, lines
-from tests.acceptance.test_deaths import Lock
+from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.acceptance.deployment import deployed, lines
+from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -117,9 +118,18 @@ def test_a_worker_that_is_stopped_while_it_starts_leaves_nothing(own, tmp_path):
     assert own.app.store.holders() == []
 
 
-def test_a_worker_stops_while_the_database_is_locked_and_the_job_ends_elsewhere(own, task, tmp_path):
-    from tests.acceptance.test_deaths import Lock
+def test_a_worker_that_waits_for_the_database_to_start_can_be_stopped(own):
+    worker = own.start_worker("--concurrency=1")
+    own.stop(worker)
 
+    with Lock(own.server_dir / "media_store.db", 15.0):
+        worker = own.start_worker("--concurrency=1", ready_timeout_s=0)
+        worker.wait_for_log("does not answer", 25)
+        worker.terminate()
+        assert worker.wait(15) == 0
+
+
+def test_a_worker_stops_while_the_database_is_locked_and_the_job_ends_elsewhere(own, task, tmp_path):
     worker = own.start_worker("--concurrency=1", env={"SHUTDOWN_GRACE_S": 1})
     job = running_job(own, task, tmp_path, 8.0)
 

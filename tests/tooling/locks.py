@@ -1,0 +1,30 @@
+"""A database that is in the middle of something."""
+
+import sqlite3
+import threading
+import time
+
+
+class Lock:
+    """Holds the write lock of the job database, as another process that is in the middle of something does."""
+
+    def __init__(self, path, seconds):
+        self.path, self.seconds = path, seconds
+        self.is_held = threading.Event()
+        self.thread = threading.Thread(target=self._hold)
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.is_held.wait(5)
+        return self
+
+    def __exit__(self, *_):
+        self.thread.join()
+
+    def _hold(self):
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=10)
+        connection.execute("BEGIN IMMEDIATE")
+        self.is_held.set()
+        time.sleep(self.seconds)
+        connection.execute("ROLLBACK")
+        connection.close()
