@@ -5,19 +5,20 @@ transaction, numbered per job. A write that comes too late (another publication,
 changes nothing and returns None, False or a decision; none raises for it. Every method is safe to repeat.
 """
 
+from db.store.attempts import Attempts
 from db.store.canvases import Canvases
 from db.store.dispatch import Dispatch
-from db.store.jobs import Jobs
 from db.store.pauses import Pauses
 from db.store.reading import Reading
 from db.store.relay import Relaying
 from db.store.retention import Retention
+from db.store.submissions import Submissions
 from db.store.workers import Workers
 
 __all__ = ["Store"]
 
 
-class Store(Jobs, Canvases, Dispatch, Workers, Pauses, Reading, Relaying, Retention):
+class Store(Submissions, Attempts, Canvases, Dispatch, Workers, Pauses, Reading, Relaying, Retention):
     """All reads and writes of the job tables.
 
     Args:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import schema, statements
 from db.engine import Database
-from db.records import Failure, now
+from db.records import Failure, NewJob, Publication, now
 
 UNCONFIRMED_KEPT: Final = 1000
 
@@ -64,6 +64,39 @@ class Part:
                 self._unconfirmed.pop(next(iter(self._unconfirmed)), None)
             raise
         self._unconfirmed.pop(key, None)
+
+    def _insert_job(
+        self,
+        connection: Connection,
+        job: NewJob,
+        worker_id: str | None,
+        at: datetime,
+        publication: int = 1,
+        *,
+        is_resting: bool = False,
+        was_sent: bool = True,
+    ) -> bool:
+        """Write a new row and its log row; False if its id is there already."""
+        values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
+        bound = values | {"b_publication": publication, "b_worker": worker_id, "b_now": at}
+        bound["b_published_at"] = at if was_sent else None
+        if is_resting:
+            bound |= {"b_published_at": None, "b_run_after_utc": job.run_after_utc or at}
+        return self._enqueue.execute(connection, bound) is not None
+
+
+def standing_of(connection: Connection, job_id: str) -> RowMapping | None:
+    return connection.execute(statements.STANDING, {"b_job_id": job_id}).mappings().one_or_none()
+
+
+def publication_at(
+    connection: Connection, job_id: str, at: Collection[datetime], is_resting: bool
+) -> Publication | None:
+    """The publication that was written at one of these times."""
+    standing = standing_of(connection, job_id) if at else None
+    if standing is None or standing["updated_at"] not in at:
+        return None
+    return Publication(standing["publication"], standing["priority"], is_resting)
 
 
 def log(

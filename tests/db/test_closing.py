@@ -25,24 +25,10 @@ class TestClose:
         assert [due["job_id"] for due in store.take_due(10)] == [job.job_id]
         assert claim(store, job, publication=2).attempt == 3
 
-    def test_one_that_does_not_rest_waits_for_the_message_that_it_has(self, store):
-        job, attempt = running(store)
-        published_at = row_of(store, job)["published_at"]
-
-        closed = store.close(job.job_id, attempt, reason="its process died", is_resting=False)
-
-        assert closed == Closed(attempt=attempt + 1, publication=1, deaths=1)
-        row = row_of(store, job)
-        assert (row["status"], row["published_at"], row["run_after_utc"]) == ("queued", published_at, None)
-        assert store.take_due(10) == []
-        claimed = claim(store, job, publication=1)
-        assert (claimed.decision, claimed.attempt, claimed.deaths) == (Decision.RUN, 3, 1)
-
-    @pytest.mark.parametrize("is_resting", [True, False])
-    def test_its_change_says_who_held_it_and_why_it_ended(self, store, is_resting):
+    def test_its_change_says_who_held_it_and_why_it_ended(self, store):
         job, attempt = running(store, "worker-7")
 
-        store.close(job.job_id, attempt, event="released", reason="worker stops", is_death=False, is_resting=is_resting)
+        store.close(job.job_id, attempt, event="released", reason="worker stops", is_death=False)
 
         assert events_of(store, job) == ["created", "claimed", "started", "released"]
         change = store.logs(job.job_id)[-1]
@@ -99,27 +85,26 @@ class TestClose:
 
         assert events_of(store, job) == ["created"]
 
-    @pytest.mark.parametrize("is_resting", [True, False])
-    def test_after_a_lost_commit_the_same_close_gives_what_it_wrote(self, store, lose_commit, unavailable, is_resting):
+    def test_after_a_lost_commit_the_same_close_gives_what_it_wrote(self, store, lose_commit, unavailable):
         job, attempt = running(store)
         lose_commit()
         with unavailable:
-            store.close(job.job_id, attempt, reason="dead", is_resting=is_resting)
+            store.close(job.job_id, attempt, reason="dead")
 
-        again = store.close(job.job_id, attempt, reason="dead", is_resting=is_resting)
+        again = store.close(job.job_id, attempt, reason="dead")
 
-        assert again == Closed(attempt=2, publication=2 if is_resting else 1, deaths=1)
+        assert again == Closed(attempt=2, publication=2, deaths=1)
         assert events_of(store, job).count("lost") == 1
-        assert store.close(job.job_id, attempt, reason="dead", is_resting=is_resting) is None  # somebody else's
+        assert store.close(job.job_id, attempt, reason="dead") is None  # somebody else's
 
     def test_after_a_lost_commit_a_job_that_moved_on_is_left_alone(self, store, lose_commit, unavailable):
         job, attempt = running(store)
         lose_commit()
         with unavailable:
-            store.close(job.job_id, attempt, reason="dead", is_resting=False)
-        moved_on = claim(store, job, "worker-2").attempt
+            store.close(job.job_id, attempt, reason="dead")
+        moved_on = claim(store, job, "worker-2", publication=2).attempt
 
-        assert store.close(job.job_id, attempt, reason="dead", is_resting=False) is None
+        assert store.close(job.job_id, attempt, reason="dead") is None
 
         assert store.owns(job.job_id, moved_on)
 

@@ -23,7 +23,6 @@ CALLS = {
     "requeue": lambda store, job, attempt: store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1),
     "replay": lambda store, job, attempt: store.replay(job.job_id),
     "close": lambda store, job, attempt: store.close(job.job_id, attempt, reason="dead"),
-    "close without rest": lambda store, job, attempt: store.close(job.job_id, attempt, reason="dead", is_resting=False),
     "rest": lambda store, job, attempt: store.rest(job.job_id, 1),
     "enqueue unique": lambda store, job, attempt: store.enqueue_unique(new_job(unique_key="k")),
     "enqueue the same": lambda store, job, attempt: [store.enqueue_unique(new_job(unique_key="k")) for _ in range(2)],

@@ -6,7 +6,7 @@ from uuid import UUID
 import pytest
 
 from db.records import PENDING, Decision, Failure, Heartbeat, Holder, Liveness, Publication, Status, now
-from db.store.jobs import SUSPECT_DELIVERIES
+from db.store.attempts import SUSPECT_DELIVERIES
 from tests.db.conftest import claim, events_of, new_job, open_database, row_of, running
 
 WHEN = datetime(2026, 3, 29, 1, 30, 15, 123456, tzinfo=UTC)

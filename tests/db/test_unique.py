@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from db.records import Failure, Publication, Status, now
-from db.store import jobs
+from db.store import submissions
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 from tests.db.processes import in_processes
 
@@ -185,7 +185,7 @@ class TestManyAtOnce:
 
             return seen
 
-        monkeypatch.setattr("db.store.jobs._holder_of_key", not_seen_at_first(jobs._holder_of_key))
+        monkeypatch.setattr("db.store.submissions._holder_of_key", not_seen_at_first(submissions._holder_of_key))
         monkeypatch.setattr(store, "living", not_seen_at_first(store.living))
 
         assert store.enqueue_unique(job) == (job.job_id, Publication(1, 5))

@@ -24,10 +24,10 @@ def past(tools):
     store.requeue(ID, attempt=1, event="retry", retry_count=1, run_after_utc=due, failure=FAILURE)
     store.take_due(1)
     _claim_again(tools, job, 2)
-    store.close(ID, 2, reason="its worker died", is_resting=False)
+    store.close(ID, 2, reason="its worker died")
     tools.claim(other := tools.job(OTHER))
     store.end(other, Status.FAILED, FAILURE, attempt=1)
-    _claim_again(tools, job, 2)
+    _claim_again(tools, job, 3)
     store.complete(ID, 4, {"output": "/data/out.webp", "width": 800})
     return tools
 

@@ -251,8 +251,8 @@ class TestProgress:
         enqueue(store, "a")
         store.progress("a", claim(store, "a"), percent=50)
         go(relay, sink)
-        store.close("a", 1, reason="died", is_resting=False)
-        store.progress("a", claim(store, "a"), percent=20)
+        store.close("a", 1, reason="died")
+        store.progress("a", claim(store, "a", publication=2), percent=20)
         go(relay, sink)
 
         assert [event["progress"] for event in sink.mentioned] == [50, 20]

@@ -1,188 +1,25 @@
-"""One job's way through its row: enqueued, claimed, closed or requeued, ended; each a single atomic change."""
+"""One job's way through its row: claimed, closed or requeued, ended; each a single atomic change."""
 
 from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import Connection, RowMapping, case, null, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, RowMapping, update
 
 from db import statements
 from db.models import task_queue
-from db.records import PENDING, Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Status, now
-from db.statements import RETURNED, UNFINISHED, UNSUCCESSFUL, is_one_of, of_attempt, of_job
-from db.store.base import Part, failure_columns, log, log_failure, text
+from db.records import Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Status, now
+from db.statements import RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
+from db.store.base import Part, failure_columns, log, log_failure, publication_at, standing_of, text
 
 # A message that came back so often, from hosts that could not be looked at, counts as one that kills its workers.
 SUSPECT_DELIVERIES: Final = 10
-UNIQUE_TRIES: Final = 20
 
 Judge = Callable[[Holder], Liveness]
 
 
-class Jobs(Part):
-    """The transitions of a row."""
-
-    # Submitted
-
-    def enqueue(self, job: NewJob, *, worker_id: str | None = None, is_resting: bool = False) -> Publication | None:
-        """Write a new job as queued; None if its id is there already: the row stays as it is and needs no message.
-
-        A resting one is published later, by a dispatcher, at `run_after_utc` (at once, without it).
-        """
-        with self._writing("enqueue", job.job_id) as (connection, at, earlier):
-            return self._enqueued(connection, job, worker_id, at, earlier, is_resting=is_resting)
-
-    def _enqueued(
-        self,
-        connection: Connection,
-        job: NewJob,
-        worker_id: str | None,
-        at: datetime,
-        earlier: Collection[datetime],
-        *,
-        is_resting: bool,
-    ) -> Publication | None:
-        if self._enqueue_in(connection, job, worker_id, at, is_resting=is_resting):
-            return Publication(1, job.priority, is_resting)
-        standing = _standing(connection, job.job_id) if earlier else None
-        is_mine = standing is not None and standing["created_at"] in earlier
-        return Publication(1, job.priority, is_resting) if is_mine else None
-
-    def enqueue_unique(self, job: NewJob, *, is_resting: bool = False) -> tuple[str, Publication | None]:
-        """As `enqueue`, unless a job with the same `unique_key` lives: then its id, and None.
-
-        A key is free again when its job has ended, or at its `unique_until`.
-        """
-        for tries_left in reversed(range(UNIQUE_TRIES)):
-            try:
-                with (
-                    self._writing("enqueue", job.job_id) as (_, at, earlier),
-                    self.database.transaction() as connection,
-                ):
-                    living = _holder_of_key(connection, job, at)
-                    if living is not None and living != job.job_id:
-                        return living, None
-                    return job.job_id, self._enqueued(connection, job, None, at, earlier, is_resting=is_resting)
-            except IntegrityError:  # another submission was faster; it is found now, or its job has ended already
-                if not tries_left:
-                    raise
-        raise AssertionError("unreachable")
-
-    def living(self, unique_key: str) -> str | None:
-        """The id of the unfinished job with this key."""
-        with self._reading() as connection:
-            return _living(connection, unique_key)
-
-    def _enqueue_in(
-        self,
-        connection: Connection,
-        job: NewJob,
-        worker_id: str | None,
-        at: datetime,
-        publication: int = 1,
-        *,
-        is_resting: bool = False,
-        was_sent: bool = True,
-    ) -> bool:
-        values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
-        bound = values | {"b_publication": publication, "b_worker": worker_id, "b_now": at}
-        bound["b_published_at"] = at if was_sent else None
-        if is_resting:
-            bound |= {"b_published_at": None, "b_run_after_utc": job.run_after_utc or at}
-        return self._enqueue.execute(connection, bound) is not None
-
-    def requeue(
-        self,
-        job_id: str,
-        *,
-        attempt: int,
-        event: str,
-        retry_count: int,
-        run_after_utc: datetime | None = None,
-        failure: Failure | None = None,
-    ) -> Publication | None:
-        """End `attempt` and queue the job again under the next publication; None if it came too late.
-
-        With `run_after_utc` it rests until then; else its message is the caller's to send.
-        """
-        is_resting = run_after_utc is not None
-        with self._writing("requeue", job_id, attempt) as (connection, at, earlier), self.database.transaction():
-            row = connection.execute(
-                update(task_queue)
-                .where(of_attempt)
-                .values(
-                    status=Status.QUEUED,
-                    publication=task_queue.c.publication + 1,
-                    retry_count=retry_count,
-                    run_after_utc=run_after_utc,
-                    published_at=None if is_resting else at,
-                    progress=0.0,
-                    stage=None,
-                    updated_at=at,
-                    sequence=task_queue.c.sequence + 1,
-                    **failure_columns(failure),
-                )
-                .returning(*RETURNED),
-                {"b_job_id": job_id, "b_attempt": attempt},
-            ).one_or_none()
-            if row is None:
-                return _published(connection, job_id, earlier, is_resting)
-            details = {"retry_count": retry_count, "run_after_utc": run_after_utc and run_after_utc.isoformat()}
-            log_failure(connection, job_id, row.sequence, event, row.claimed_by, at, failure, details)
-            return Publication(row.publication, row.priority, is_resting)
-
-    def replay(
-        self,
-        job_id: str,
-        *,
-        job: NewJob | None = None,
-        is_resting: bool = False,
-        only_unsent: bool = False,
-        event: str = "replayed",
-    ) -> Publication | None:
-        """Queue a failed or cancelled job again, as new; None if it is neither.
-
-        Args:
-            job: What is submitted now: a step of a chain, say, whose arguments hold the new result before it.
-            only_unsent: Only a job that was never sent: it ended with the job that it waited for.
-
-        Raises:
-            sqlalchemy.exc.IntegrityError: Another job with its `unique_key` lives.
-        """
-        c = task_queue.c
-        fences = [c.published_at.is_(None), c.run_after_utc.is_(None)] if only_unsent else []
-        with self._writing("replay", job_id) as (connection, at, earlier), self.database.transaction():
-            row = connection.execute(
-                update(task_queue)
-                .where(of_job, is_one_of(UNSUCCESSFUL), *fences)
-                .values(
-                    status=Status.QUEUED,
-                    publication=task_queue.c.publication + 1,
-                    retry_count=0,
-                    deaths=0,
-                    deliveries=0,
-                    progress=0.0,
-                    stage=None,
-                    run_after_utc=at if is_resting else None,
-                    expires_at=None,
-                    completed_at=None,
-                    published_at=None if is_resting else at,
-                    updated_at=at,
-                    sequel=case((task_queue.c.sequel.is_not(None), PENDING), else_=null()),
-                    sequence=task_queue.c.sequence + 1,
-                    **failure_columns(None),
-                    **({"message": job.message, "parameters": job.parameters} if job is not None else {}),
-                )
-                .returning(*RETURNED),
-                {"b_job_id": job_id},
-            ).one_or_none()
-            if row is None:
-                return _published(connection, job_id, earlier, is_resting)
-            log(connection, job_id, row.sequence, event, None, at)
-            return Publication(row.publication, row.priority, is_resting)
-
-    # Claimed, running, ended
+class Attempts(Part):
+    """What becomes of a message: an attempt, and its end."""
 
     def claim(
         self,
@@ -217,9 +54,9 @@ class Jobs(Part):
                 "b_now": at,
             }
             row = statements.CLAIM.execute(connection, bound)
-            if row is None and _standing(connection, job_id) is None:
+            if row is None and standing_of(connection, job_id) is None:
                 new = job() if callable(job) else job
-                self._enqueue_in(connection, new, worker_id, at, publication)
+                self._insert_job(connection, new, worker_id, at, publication)
                 row = statements.CLAIM.execute(connection, bound)
             if row is not None:
                 return _running(row.attempt, row.deaths, max_deaths)
@@ -267,21 +104,60 @@ class Jobs(Part):
         event: str = "lost",
         reason: str,
         is_death: bool = True,
-        is_resting: bool = True,
     ) -> Closed | None:
         """End an attempt whose process is dead or gives the job back: running -> queued; None if it is not running.
 
-        A resting job is published anew by the dispatcher; one that is not waits for the message that it has.
+        The job rests, and is published anew by the dispatcher.
         """
         key = ("close", job_id, attempt)
         with self._writing(*key) as (connection, at, earlier), self.database.transaction():
             bound = {"b_job_id": job_id, "b_now": at}
-            closed = _close(connection, bound, attempt, event, reason, is_death=is_death, is_resting=is_resting)
+            closed = _close(connection, bound, attempt, event, reason, is_death=is_death, is_resting=True)
             if closed is None and earlier:
-                standing = _standing(connection, job_id)
+                standing = standing_of(connection, job_id)
                 if standing is not None and standing["updated_at"] in earlier:
                     return Closed(standing["attempt"], standing["publication"], standing["deaths"])
             return closed
+
+    def requeue(
+        self,
+        job_id: str,
+        *,
+        attempt: int,
+        event: str,
+        retry_count: int,
+        run_after_utc: datetime | None = None,
+        failure: Failure | None = None,
+    ) -> Publication | None:
+        """End `attempt` and queue the job again under the next publication; None if it came too late.
+
+        With `run_after_utc` it rests until then; else its message is the caller's to send.
+        """
+        is_resting = run_after_utc is not None
+        with self._writing("requeue", job_id, attempt) as (connection, at, earlier), self.database.transaction():
+            row = connection.execute(
+                update(task_queue)
+                .where(of_attempt)
+                .values(
+                    status=Status.QUEUED,
+                    publication=task_queue.c.publication + 1,
+                    retry_count=retry_count,
+                    run_after_utc=run_after_utc,
+                    published_at=None if is_resting else at,
+                    progress=0.0,
+                    stage=None,
+                    updated_at=at,
+                    sequence=task_queue.c.sequence + 1,
+                    **failure_columns(failure),
+                )
+                .returning(*RETURNED),
+                {"b_job_id": job_id, "b_attempt": attempt},
+            ).one_or_none()
+            if row is None:
+                return publication_at(connection, job_id, earlier, is_resting)
+            details = {"retry_count": retry_count, "run_after_utc": run_after_utc and run_after_utc.isoformat()}
+            log_failure(connection, job_id, row.sequence, event, row.claimed_by, at, failure, details)
+            return Publication(row.publication, row.priority, is_resting)
 
     def rest(self, job_id: str, publication: int, *, delay_s: float = 0.0) -> bool:
         """Let a queued job rest until `delay_s` from now: its message could not be sent, or came to a paused queue."""
@@ -349,7 +225,7 @@ class Jobs(Part):
             # An attempt had a row: if that is gone, so is its job.
             number = publication or 1
             is_new = row is None and attempt is None
-            if is_new and self._enqueue_in(connection, job, None, at, number, was_sent=was_sent):
+            if is_new and self._insert_job(connection, job, None, at, number, was_sent=was_sent):
                 row = connection.execute(ending, {"b_job_id": job.job_id}).one()
             if row is None:
                 return _has_ended(connection, job.job_id, status, attempt, earlier)
@@ -357,23 +233,11 @@ class Jobs(Part):
             return True
 
 
-def _standing(connection: Connection, job_id: str) -> RowMapping | None:
-    return connection.execute(statements.STANDING, {"b_job_id": job_id}).mappings().one_or_none()
-
-
-def _published(connection: Connection, job_id: str, at: Collection[datetime], is_resting: bool) -> Publication | None:
-    """The publication that was written at one of these times."""
-    standing = _standing(connection, job_id) if at else None
-    if standing is None or standing["updated_at"] not in at:
-        return None
-    return Publication(standing["publication"], standing["priority"], is_resting)
-
-
 def _has_ended(
     connection: Connection, job_id: str, status: Status, attempt: int | None, at: Collection[datetime] = ()
 ) -> bool:
     """Whether the job was ended in this way by this attempt, or at one of these times."""
-    standing = _standing(connection, job_id) if attempt is not None or at else None
+    standing = standing_of(connection, job_id) if attempt is not None or at else None
     if standing is None or standing["status"] != status:
         return False
     return standing["attempt"] == attempt or standing["completed_at"] in at
@@ -419,16 +283,3 @@ def _close(
     details = {"attempt": attempt, "deaths": row.deaths}
     log(connection, row.job_id, row.sequence, event, row.claimed_by, bound["b_now"], reason, details)
     return Closed(row.attempt, row.publication, row.deaths)
-
-
-def _living(connection: Connection, unique_key: str) -> str | None:
-    statement = select(task_queue.c.job_id).where(task_queue.c.unique_key == unique_key, statements.HOLDS_KEY)
-    return connection.execute(statement).scalar()
-
-
-def _holder_of_key(connection: Connection, job: NewJob, at: datetime) -> str | None:
-    """The job that has the key, whose time may be over: then it gives the key up."""
-    c = task_queue.c
-    over = update(task_queue).where(c.unique_key == job.unique_key, statements.HOLDS_KEY, c.unique_until <= at)
-    connection.execute(over.values(unique_key=None))
-    return _living(connection, job.unique_key or "")
