@@ -1,4 +1,4 @@
-"""`celery -A tasks reconcile`: where table and broker disagree with what is true, and mending it by hand."""
+"""`celery -A tasks reconcile`: where table, broker and retained topics disagree, and mending it by hand."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tasks.cli.app import with_app
+from tasks.cli.retained import retained_doubts
 from tasks.cli.text import as_json, counted, line, remark
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
     """Find jobs whose worker is dead, whose message is lost, whose end was not told; and mend them.
 
-    Workers do so by themselves every few seconds, one of them at a time; doing it twice does no harm.
+    Workers do so by themselves every few seconds, one of them at a time; doing it twice does no harm. What no look
+    can prove is only said, such as a retained MQTT topic of a worker that the job table does not know as alive.
     """
     from tasks.reconciler import Reconciler
 
@@ -77,6 +79,8 @@ def _doubts(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]
     """What may be wrong and can't be proved by one look; a worker that looks on will tell."""
     yield from _silent_holders(app, reconciler)
     yield from _short_queues(app)
+    for topic, text in retained_doubts(app):
+        yield "retained topics", topic, text
 
 
 def _silent_holders(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
