@@ -5,6 +5,7 @@ In: environment variables. Out: one frozen `Settings`. A value that can't be use
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from tasks.errors import SettingsError
 
@@ -23,13 +23,22 @@ QUEUE_STRATEGIES = ("FIFO", "LIFO", "PRIORITY", "WEIGHTED_RANDOM")
 BROADCAST_TYPES = ("mqtt", "noop")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GIB = 2**30
+TIB = 2**40
+HOUR_S = 3600.0
+DAY_S = 86400.0
 # Redis gives a message to another worker after so long. Longer than the longest job, shorter than rows are kept.
 VISIBILITY_TIMEOUT_S = 6 * 3600
+LAST_PORT = 65535
+_PORT = re.compile(r"(?:\[[^]]*]|[^@:/?#;[]*):(\d+)(?=[/?#;]|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings; the README's table says what each one means. Times are seconds, sizes bytes."""
+    """All settings; the README's table says what each one means. Times are seconds, sizes bytes.
+
+    `max_duration_s` limits the video and audio that is opened: images have no duration, so it takes effect with the
+    first video task.
+    """
 
     server_dir: Path
     database_url: str = field(repr=False)
@@ -85,8 +94,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """
     read = _Reader(environment)
     server_dir = Path(environment.get("CL_SERVER_DIR") or _user_data_dir(environment)).expanduser().absolute()
-    lease_renew_s = read.number("LEASE_RENEW_S", 5.0, above=0)
-    lease_timeout_s = read.number("LEASE_TIMEOUT_S", 15.0, above=0)
+    lease_renew_s = read.number("LEASE_RENEW_S", 5.0, above=0, most=HOUR_S)
+    lease_timeout_s = read.number("LEASE_TIMEOUT_S", 15.0, above=0, most=DAY_S)
     if lease_timeout_s < 2 * lease_renew_s:
         raise SettingsError(
             f"LEASE_TIMEOUT_S={lease_timeout_s:g} is under twice LEASE_RENEW_S={lease_renew_s:g}: "
@@ -111,30 +120,30 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         enqueue=read.choice("ENQUEUE", "strict", ENQUEUE_WAYS),
         worker_id=environment.get("WORKER_ID") or f"{socket.gethostname()}-{os.getpid()}",
         worker_supported_tasks=read.names("WORKER_SUPPORTED_TASKS"),
-        worker_poll_interval_s=read.number("WORKER_POLL_INTERVAL", 1.0, above=0),
+        worker_poll_interval_s=read.number("WORKER_POLL_INTERVAL", 1.0, above=0, most=HOUR_S),
         lease_renew_s=lease_renew_s,
         lease_timeout_s=lease_timeout_s,
-        max_deaths=read.whole("MAX_DEATHS", 3, least=1),
-        max_attempts=read.whole("MAX_ATTEMPTS", 3, least=1),
-        shutdown_grace_s=read.number("SHUTDOWN_GRACE_S", 300.0, above=0),
-        retention_days=read.number("RETENTION_DAYS", 30.0, above=VISIBILITY_TIMEOUT_S / 86400),
-        sqlite_mmap_bytes=read.whole("SQLITE_MMAP_BYTES", 256 * 2**20, least=0),
-        db_pool_size=read.whole("DB_POOL_SIZE", 5, least=1),
+        max_deaths=read.whole("MAX_DEATHS", 3, least=1, most=1000),
+        max_attempts=read.whole("MAX_ATTEMPTS", 3, least=1, most=1000),
+        shutdown_grace_s=read.number("SHUTDOWN_GRACE_S", 300.0, above=0, most=30 * DAY_S),
+        retention_days=read.number("RETENTION_DAYS", 30.0, above=VISIBILITY_TIMEOUT_S / 86400, most=36_500),
+        sqlite_mmap_bytes=read.whole("SQLITE_MMAP_BYTES", 256 * 2**20, least=0, most=TIB),
+        db_pool_size=read.whole("DB_POOL_SIZE", 5, least=1, most=1000),
         mirror=read.switch("MIRROR", default=True),
         log_level=read.choice("LOG_LEVEL", "INFO", LOG_LEVELS, fold=str.upper),
         log_format=read.choice("LOG_FORMAT", "console", ("console", "json")),
         queue_strategy=queue_strategy,
-        max_pixels=read.whole("MAX_PIXELS", 150_000_000, least=1),
-        max_frames=read.whole("MAX_FRAMES", 1000, least=1),
-        max_input_bytes=read.whole("MAX_INPUT_BYTES", 4 * GIB, least=1),
-        max_duration_s=read.number("MAX_DURATION_S", 4 * 3600.0, above=0),
+        max_pixels=read.whole("MAX_PIXELS", 150_000_000, least=1, most=10**12),
+        max_frames=read.whole("MAX_FRAMES", 1000, least=1, most=10**9),
+        max_input_bytes=read.whole("MAX_INPUT_BYTES", 4 * GIB, least=1, most=1024 * TIB),
+        max_duration_s=read.number("MAX_DURATION_S", 4 * 3600.0, above=0, most=365 * DAY_S),
         media_roots=read.roots("MEDIA_ROOTS"),
         broadcast_type=read.choice("BROADCAST_TYPE", "mqtt", BROADCAST_TYPES),
         mqtt_broker=environment.get("MQTT_BROKER") or "localhost",
-        mqtt_port=read.whole("MQTT_PORT", 8883 if mqtt_use_tls else 1883, least=1),
+        mqtt_port=read.mqtt_port("MQTT_PORT", 8883 if mqtt_use_tls else 1883),
         mqtt_topic=read.topic("MQTT_TOPIC", "inference/events"),
         capability_topic_prefix=read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers"),
-        mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0),
+        mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0, most=DAY_S),
         mqtt_username=read.secret("MQTT_USERNAME"),
         mqtt_password=read.secret("MQTT_PASSWORD"),
         mqtt_unreadable=read.unreadable,  # after the secrets: keywords are evaluated in order
@@ -152,16 +161,30 @@ class _Reader:
         self._environment = environment
         self.unreadable: str | None = None
 
-    def number(self, name: str, default: float, *, above: float) -> float:
+    def number(self, name: str, default: float, *, above: float, most: float) -> float:
         value = self._parse(name, default, float, "a number")
-        if not above < value < float("inf"):
-            raise SettingsError(f"{name}={self._environment[name]!r} must be above {above:g}; unset it for {default:g}")
+        if not above < value <= most:
+            raise SettingsError(
+                f"{name}={self._environment[name]!r} must be above {above:g} and at most {most:,.10g}; "
+                f"unset it for {default:g}"
+            )
         return value
 
-    def whole(self, name: str, default: int, *, least: int) -> int:
-        value = self._parse(name, default, lambda text: int(float(text)), "a whole number")
-        if value < least:
-            raise SettingsError(f"{name}={self._environment[name]!r} must be {least} or more; unset it for {default}")
+    def whole(self, name: str, default: int, *, least: int, most: int) -> int:
+        value = self._parse(name, default, _whole, "a whole number")
+        if not least <= value <= most:
+            raise SettingsError(
+                f"{name}={self._environment[name]!r} must be from {least} to {most:,}; unset it for {default}"
+            )
+        return value
+
+    def mqtt_port(self, name: str, default: int) -> int:
+        """A port; one that is too high is said where MQTT is used, since it must stop nothing else."""
+        value = self._parse(name, default, _whole, "a whole number")
+        if value < 1:
+            raise SettingsError(
+                f"{name}={self._environment[name]!r} must be from 1 to {LAST_PORT}; unset it for {default}"
+            )
         return value
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...], fold: Callable[[str], str] = str.lower) -> str:
@@ -193,10 +216,13 @@ class _Reader:
 
     def url(self, name: str, default: str, schemes: tuple[str, ...]) -> str:
         value = self._environment.get(name) or default
-        scheme = urlsplit(value.split(";", 1)[0]).scheme
+        scheme = value.partition("://")[0].lower() if "://" in value else ""
         if scheme.split("+", 1)[0] not in schemes:
             known = ", ".join(f"{known}://" for known in schemes)
             raise SettingsError(f"{name} starts with {scheme or 'no scheme'!r}; it can be one of {known}")
+        for part in value.split(";"):
+            if (port := _port(part)) is not None and not 1 <= port <= LAST_PORT:
+                raise SettingsError(f"{name} has the port {port}; give one from 1 to {LAST_PORT}")
         return value
 
     def topic(self, name: str, default: str) -> str:
@@ -240,6 +266,24 @@ class _Reader:
             return convert(text)
         except (ValueError, OverflowError) as exc:
             raise SettingsError(f"{name}={text!r} is not {what}; unset it for {default}") from exc
+
+
+def _whole(text: str) -> int:
+    """A whole number, also one written as 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def _port(url: str) -> int | None:
+    """The port of a server's URL, if it has one; a password may hold anything but an `@`."""
+    server = url.partition("://")[2]
+    found = _PORT.match(server.partition("@")[2] or server)
+    return int(found[1]) if found is not None else None
 
 
 def _user_data_dir(environment: Mapping[str, str]) -> str:

@@ -44,6 +44,12 @@ HOME = {"HOME": "/home/user"}
         ("MAX_PIXELS", "inf", ["inf"]),
         ("MAX_FRAMES", "many", ["many"]),
         ("MAX_INPUT_BYTES", "4G", ["4G"]),
+        ("CELERY_BROKER_URL", "amqp://u:hunter2@h:99999//", ["99999", "1 to 65535"]),
+        ("CELERY_BROKER_URL", "amqp://h1//;amqp://u:hunter2@[::1]:70000//", ["70000", "1 to 65535"]),
+        ("DATABASE_URL", "postgresql://u:hunter2@h:0/db", ["0", "1 to 65535"]),
+        ("MQTT_PORT", "0", ["'0'", "1 to 65535"]),
+        ("MQTT_PORT", "-1", ["'-1'", "1 to 65535"]),
+        ("MAX_DEATHS", "2.5", ["2.5", "whole"]),
     ],
 )
 def test_a_bad_value_is_refused_by_its_variables_name(variable, value, words):
@@ -55,6 +61,62 @@ def test_a_bad_value_is_refused_by_its_variables_name(variable, value, words):
     assert [word for word in words if word not in message] == []
     assert "hunter2" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "lowest", "highest", "default"),
+    [
+        ("LEASE_RENEW_S", "0", "3,600", "5"),
+        ("LEASE_TIMEOUT_S", "0", "86,400", "15"),
+        ("WORKER_POLL_INTERVAL", "0", "3,600", "1"),
+        ("SHUTDOWN_GRACE_S", "0", "2,592,000", "300"),
+        ("RETENTION_DAYS", "0.25", "36,500", "30"),
+        ("MAX_DURATION_S", "0", "31,536,000", "14400"),
+        ("MQTT_HEARTBEAT_INTERVAL", "0", "86,400", "30"),
+        ("MAX_DEATHS", "1", "1,000", "3"),
+        ("MAX_ATTEMPTS", "1", "1,000", "3"),
+        ("SQLITE_MMAP_BYTES", "0", "1,099,511,627,776", "268435456"),
+        ("DB_POOL_SIZE", "1", "1,000", "5"),
+        ("MAX_PIXELS", "1", "1,000,000,000,000", "150000000"),
+        ("MAX_FRAMES", "1", "1,000,000,000", "1000"),
+        ("MAX_INPUT_BYTES", "1", "1,125,899,906,842,624", "4294967296"),
+    ],
+)
+@pytest.mark.parametrize("value", ["-1", "1e30", "inf", "nan"])
+def test_a_number_out_of_its_range_is_refused_with_the_range_and_the_default(variable, lowest, highest, default, value):
+    with pytest.raises(SettingsError) as caught:
+        read_settings(HOME | {variable: value})
+
+    message = str(caught.value)
+    assert message.startswith(f"{variable}={value!r}")
+    assert message.endswith(f"; unset it for {default}")
+    assert "is not a whole number" in message or (lowest in message and highest in message)
+
+
+@pytest.mark.parametrize("days", ["0", "0.25", "-30"])
+def test_rows_are_kept_longer_than_any_message(days):
+    with pytest.raises(SettingsError, match=r"RETENTION_DAYS=.* must be above 0\.25 and at most 36,500"):
+        read_settings(HOME | {"RETENTION_DAYS": days})
+
+
+def test_an_mqtt_port_that_is_too_high_stops_nothing_but_mqtt():
+    assert read_settings(HOME | {"MQTT_PORT": "70000"}).mqtt_port == 70_000
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("DATABASE_URL", "postgresql+psycopg://u:p/99999#:?@h:5432/db"),
+        ("DATABASE_URL", "postgresql:///db?host=/run/postgresql"),
+        ("DATABASE_URL", "sqlite:////data/a:99999/media_store.db"),
+        ("CELERY_BROKER_URL", "amqp://u:999999@h//"),
+        ("CELERY_BROKER_URL", "redis://:sec[ret@[::1]:6379/0"),
+    ],
+)
+def test_what_only_looks_like_a_port_is_let_through(variable, url):
+    settings = read_settings(HOME | {variable: url})
+
+    assert url in (settings.database_url, settings.broker_url)
 
 
 def test_an_empty_variable_is_one_that_is_not_set():
