@@ -64,9 +64,10 @@ class Material:
 
         self._inputs.mkdir(parents=True)
         self._direct.mkdir()
-        for photo in sorted(SAMPLES.glob("*.jpg")):
-            (self._inputs / photo.name).write_bytes(photo.read_bytes())
-        if not self.photos:
+        if real := sorted(SAMPLES.glob("*.jpg")):
+            for photo in real:
+                (self._inputs / photo.name).write_bytes(photo.read_bytes())
+        else:
             make_photos(self._inputs)
             (self._inputs / "broken-cut-off.jpg").unlink()
         whole = self.photos[0].read_bytes()
