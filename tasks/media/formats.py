@@ -70,9 +70,11 @@ def format_of_output(output: str, name: str | None = None) -> Format:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """'did you mean webp?' when a known name is near, else the list of all."""
+    """'did you mean webp? Choose from ...': all that is known, and before it what a slip of the hand away is."""
     from difflib import get_close_matches
 
     names = list(known)
-    near = get_close_matches(name.lower(), names, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+    swapped = [other for other in names if sorted(other) == sorted(name.lower())]
+    near = swapped or get_close_matches(name.lower(), names, n=1, cutoff=0.75)
+    choice = f"hoose from {', '.join(names)}"
+    return f"did you mean {near[0]}? C{choice}" if near else f"c{choice}"

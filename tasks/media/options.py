@@ -7,13 +7,14 @@ the argument, its limit and the remedy.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from tasks.errors import InvalidArguments
 from tasks.media.formats import Format, format_named, format_of_output, suggestion
 
 MAX_SIDE_PX = 65_500  # the longest side of a JPEG (JPEG_MAX_DIMENSION of libjpeg)
 MAX_RENDITIONS = 100
+_EXAMPLES = {"sizes": "sizes=[400, '1600x900']", "formats": "formats=['webp', 'jpeg']"}
 FITS = ("inside", "cover", "contain", "fill")
 
 # The sixteen basic names of CSS (https://www.w3.org/TR/css-color-4/#named-colors); others are given as #rrggbb.
@@ -123,20 +124,23 @@ class RenditionsOptions:
     def __post_init__(self) -> None:
         for name in ("sizes", "formats"):
             value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-                raise InvalidArguments(f"{name} is {value!r}; give a list with at least one entry")
+            if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+                raise InvalidArguments(
+                    f"{name} is {value!r:.80}, a {type(value).__name__}; "
+                    f"give a list of 1 to {MAX_RENDITIONS} entries, such as {_EXAMPLES[name]}"
+                )
             object.__setattr__(self, name, tuple(value))
-        object.__setattr__(self, "formats", tuple(format_named(name).name for name in self.formats))
-        for name in ("sizes", "formats"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise InvalidArguments(f"{name} names an entry twice: {list(getattr(self, name))}; name each once")
         if len(self.sizes) * len(self.formats) > MAX_RENDITIONS:
             raise InvalidArguments(
                 f"sizes x formats makes {len(self.sizes) * len(self.formats)} outputs; the limit is {MAX_RENDITIONS}: "
                 "submit several jobs"
             )
+        object.__setattr__(self, "formats", tuple(format_named(name).name for name in self.formats))
         for size in self.sizes:
             self.resize_options(size)
+        for name in ("sizes", "formats"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise InvalidArguments(f"{name} names an entry twice: {list(getattr(self, name))}; name each once")
 
     def resize_options(self, size: int | str) -> ResizeOptions:
         """The resize that makes the rendition of this size."""
@@ -174,12 +178,18 @@ def _resolve_fit(fit: Any, preserve_aspect: bool | None) -> str:
 
 
 def _parse_size(size: object) -> tuple[int, int | None]:
-    if isinstance(size, str):
-        box = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", size, re.ASCII)
-        if box is None:
-            raise InvalidArguments(f"sizes: {size!r} is neither a width in px nor a box such as '1600x900'")
-        return _check_int("sizes", int(box[1]), MAX_SIDE_PX, "px"), _check_int("sizes", int(box[2]), MAX_SIDE_PX, "px")
-    return _check_int("sizes", size, MAX_SIDE_PX, "px"), None
+    box = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", size, re.ASCII) if isinstance(size, str) else None
+    width, height = (int(box[1]), int(box[2])) if box is not None else (size, None)
+    if not _is_side(width) or not (height is None or _is_side(height)):
+        raise InvalidArguments(
+            f"sizes holds {size!r:.80}; a width, or a box of width x height, takes whole numbers from 1 to "
+            f"{MAX_SIDE_PX:,} px, such as {_EXAMPLES['sizes']}"
+        )
+    return width, height
+
+
+def _is_side(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE_PX
 
 
 def _check_int(name: str, value: object, highest: int, unit: str = "") -> int:

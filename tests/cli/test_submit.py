@@ -84,7 +84,8 @@ def test_an_unknown_capability_is_answered_with_the_nearest(celery, photo):
             ["image_resize", "in.jpg", "out.webp", "--width", "80", "--priority", "11"],
             "11 is not in the range 1<=x<=10",
         ),
-        (["image_renditions", "in.jpg", "out", "--sizes", "400,big"], "sizes: 'big' is neither a width"),
+        (["image_renditions", "in.jpg", "out", "--sizes", "400,big"], "sizes holds 'big'; a width, or a box"),
+        (["image_renditions", "in.jpg", "out", "--sizes", "0"], "sizes holds 0; a width, or a box"),
         (["image_renditions", "in.jpg", "out"], "Missing option '--sizes'"),
     ],
 )
