@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from tasks.cli.app import for_each, with_app
+from tasks.cli.filters import unknown_task
 from tasks.cli.ids import job_row
-from tasks.cli.text import line, remark
+from tasks.cli.text import line, printable, remark
 
 job_ids = click.argument("job_ids", metavar="ID...", nargs=-1, required=True)
 
@@ -91,7 +92,11 @@ def replay_jobs(app: Any, job_ids: Sequence[str], is_all: bool, task_type: str |
 
 
 def _newest_failed(app: Any, task_type: str | None, limit: int) -> list[str]:
-    """The newest jobs that failed by themselves; says so if there are none, or more."""
+    """The newest jobs that failed by themselves; says so if there are none, or more.
+
+    Raises:
+        click.ClickException: Nothing has the name of the capability.
+    """
     from db.records import Status
     from tasks import control
 
@@ -103,6 +108,8 @@ def _newest_failed(app: Any, task_type: str | None, limit: int) -> list[str]:
         found = [row["job_id"] for row in rows if not control.was_never_sent(row)]
         is_whole = len(rows) < to_read
     if not found:
+        if task_type is not None and (unknown := unknown_task(app, task_type)):
+            raise click.ClickException(printable(unknown))
         remark(f"no failed {task_type} jobs" if task_type else "no failed jobs")
     elif len(found) > limit:
         remark(f"only the newest {limit:,}; there are more: repeat it, or give --limit")

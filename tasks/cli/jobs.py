@@ -8,9 +8,10 @@ import click
 
 from tasks.cli.app import ParamType, with_app
 from tasks.cli.control import cancel_jobs, replay_jobs, retry_jobs
+from tasks.cli.filters import unknown_task
 from tasks.cli.ids import job_row
 from tasks.cli.story import explain_job
-from tasks.cli.text import as_json, clock, console_for, cut, echo_json, printable, shown, table_for
+from tasks.cli.text import as_json, clock, console_for, cut, echo_json, printable, remark, shown, table_for
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -58,12 +59,12 @@ for command in (explain_job, cancel_jobs, retry_jobs, replay_jobs):
 def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, limit: int, is_json: bool) -> None:
     """The newest jobs first. `jobs show` takes the ids as they stand here."""
     rows = app.store.jobs(status=status, task_type=task_type, limit=limit)
-    if is_json:
+    if not rows:
+        remark(_nothing_found(app, status, task_type))
+    elif is_json:
         echo_json(rows)
-    elif rows:
-        _print_table(ctx, rows)
     else:
-        click.echo(_nothing_found(app, status, task_type), err=True)
+        _print_table(ctx, rows)
 
 
 @jobs.command("show")
@@ -136,13 +137,8 @@ def _print_changes(console: Any, logs: Sequence[Any]) -> None:
 
 
 def _nothing_found(app: Any, status: Any, task_type: str | None) -> str:
-    if task_type is not None:
-        from tasks import capabilities
-
-        app.load_capabilities()
-        known = capabilities.names(app)
-        if task_type not in known:
-            return f"no job of {task_type}, and no capability has that name{capabilities.nearest(task_type, known)}"
+    if task_type is not None and (unknown := unknown_task(app, task_type)):
+        return unknown
     if status is not None or task_type is not None:
         return f"no {' '.join(filter(None, [status, task_type]))} jobs"
     return "no jobs yet; submit one: celery -A tasks submit image_resize in.jpg out.webp --width 800 --wait"

@@ -170,6 +170,17 @@ def test_without_failed_jobs_it_says_so(commands):
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no failed image_resize jobs\n")
 
 
+def test_failed_of_a_misspelt_capability_is_an_error_that_names_the_nearest(commands, failed):
+    failed("aaaa")
+
+    result = commands.run(jobs, "replay", "--failed", "--task", "image_reszie")
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    nearest = "no job of image_reszie, and no capability has that name; did you mean image_resize?"
+    assert result.stderr == f"Error: {nearest}\n"
+    assert status(commands, "aaaa") == "failed"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -156,6 +156,9 @@ def test_an_unknown_status_is_answered_with_those_that_exist(commands):
         ((), "no jobs yet; submit one: celery -A tasks submit image_resize"),
         (("--status", "failed"), "no failed jobs"),
         (("--task", "image_reszie"), "no capability has that name; did you mean image_resize?"),
+        (("--task", "image_reszie", "--json"), "no capability has that name; did you mean image_resize?"),
+        (("--task", "xyzzy"), "no capability has that name; known: image_conversion, "),
+        (("--task", "image_resize"), "no image_resize jobs"),
     ],
 )
 def test_where_there_is_no_job_to_list_it_says_so_apart_from_the_output(commands, options, said):
@@ -163,6 +166,16 @@ def test_where_there_is_no_job_to_list_it_says_so_apart_from_the_output(commands
 
     assert (result.exit_code, result.stdout) == (0, "")
     assert said in result.stderr
+
+
+def test_a_capability_of_another_installation_is_known_by_its_jobs_and_its_workers(commands):
+    commands.job("aaaa", task_type="theirs", queue="theirs")
+    commands.worker("edge-1", "served")
+
+    for name in ("theirs", "served"):
+        result = commands.run(jobs, "list", "--task", name, "--status", "failed")
+
+        assert result.stderr == f"no failed {name} jobs\n"
 
 
 def test_show_gives_the_row_and_every_change_in_order(every_status):
