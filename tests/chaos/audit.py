@@ -1,4 +1,4 @@
-"""The audit: jobs, rows, logs, files and broker after the storm. In: what was submitted and dealt. Out: findings.
+"""The audit: jobs, rows, logs, events, files, broker after the storm. In: what was submitted and dealt. Out: findings.
 
 A job may end otherwise than planned only where the blows explain it: three deaths that were all dealt, or a disk that
 was full at each attempt. Such jobs are excused, and counted as that.
@@ -8,17 +8,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tasks.sinks.topics import EVENT_TYPES
 from tests.chaos import chronicle
 from tests.chaos.chronicle import Attempt, Chronicle
 from tests.chaos.crew import DEADLY, Blow
 from tests.chaos.material import Material
+from tests.chaos.subscriber import Subscriber
 from tests.chaos.workload import Job
 
 # A process that is about to die may still claim, and a row may be written a moment after its time was taken.
 SLACK = timedelta(seconds=5)
+# An outage of MQTT during which no job is claimed proves nothing if it is short: other blows come at the same time.
+LONG_OUTAGES_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,12 @@ class Audit:
     excused: list[str] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
+    claims: list[datetime] = field(default_factory=list)
 
     def jobs(self, jobs: Sequence[Job]) -> None:
         """Look at every job that was accepted, and at what is left of abandoned chords."""
         store = self.app.store
         rows = {row["job_id"]: row for row in store.jobs_by_id([job.job_id for job in jobs])}
-        logs = self._logs()
         results = {job_id: row["result_data"] for job_id, row in rows.items()}
         for job in jobs:
             row = rows.get(job.job_id)
@@ -63,8 +68,9 @@ class Audit:
                 if not job.is_abandoned:
                     self._find("lost", "it was accepted and has no row", job)
                 continue
-            told = chronicle.read(row, logs[job.job_id])
+            told = chronicle.read(row, self._logs.get(job.job_id, []))
             self.events += told.events
+            self.claims += [attempt.claimed_at for attempt in told.attempts]
             self._read(job, row, told)
             if job.is_abandoned:
                 self._outputs(job, is_there=row["status"] == "completed")
@@ -82,6 +88,26 @@ class Audit:
             for path in root.rglob("*"):
                 if path.is_file() and path not in known:
                     self._find("wrong", f"a file that is no output was left: {path}")
+
+    def told(self, subscriber: Subscriber) -> None:
+        """What a subscriber heard of each job must be its log, whole and in order."""
+        for job_id in {*self._logs, *subscriber.changes}:
+            logged = [(log["sequence"], EVENT_TYPES[log["event_type"]]) for log in self._logs.get(job_id, [])]
+            heard = subscriber.changes.get(job_id, [])
+            if heard != logged:
+                unheard, untrue = sorted(set(logged) - set(heard)), sorted(set(heard) - set(logged))
+                text = f"a subscriber did not hear {unheard}, and heard {untrue} that is not in its log"
+                self.findings.append(Finding("wrong", text, job_id))
+
+    def outages_of_mqtt(self) -> str:
+        """How many jobs were claimed while the MQTT broker was away; none in a long time is a fault."""
+        spans = [(blow.at, blow.until) for blow in self.blows if blow.kind.startswith("mqtt ") and blow.until]
+        away_s = sum((until - at).total_seconds() for at, until in spans)
+        claims = sum(any(at <= claim <= until for at, until in spans) for claim in self.claims)
+        text = f"{claims} jobs were claimed within the {away_s:.0f} s for which the MQTT broker was away"
+        if claims == 0 and away_s > LONG_OUTAGES_S:
+            self.complain(text)
+        return text
 
     def messages(self, remains: dict[str, int]) -> None:
         for queue, number in remains.items():
@@ -190,6 +216,7 @@ class Audit:
             return dict(self.material.yield_of(job.recipe, self.app).files_at(job.output))
         return {path: None for path in (job.notes, job.output) if path is not None}
 
+    @cached_property
     def _logs(self) -> dict[str, list[Any]]:
         """All log rows of jobs, in order."""
         from sqlalchemy import select
@@ -200,7 +227,7 @@ class Audit:
         logs = defaultdict(list)
         for log in self.app.store._rows(select(task_logs).where(c.job_id.is_not(None)).order_by(c.job_id, c.sequence)):
             logs[log["job_id"]].append(log)
-        return logs
+        return dict(logs)
 
     def _find(self, verdict: str, text: str, job: Job | None = None) -> None:
         self.findings.append(Finding(verdict, text, job.job_id if job is not None else ""))

@@ -84,7 +84,7 @@ class Havoc:
 
     def _long_ones(self, chance: random.Random, seconds: float) -> list[Planned]:
         """In a long storm, one after the other: what is away for longer than a silent worker is believed to live."""
-        kinds = ["stop worker", *(kind for kind in self._servers if kind in ("broker frozen", "database frozen"))]
+        kinds = ["stop worker", *(kind for kind in self._servers if kind.endswith(" frozen"))]
         span = (seconds - FIRST_AFTER_S) / len(kinds)
         if span < LONG_S:
             return []

@@ -1,5 +1,6 @@
 """A scenario: one combination of broker and database, its workers, its work and its havoc, from start to verdict."""
 
+import json
 import random
 import shutil
 import tempfile
@@ -15,11 +16,12 @@ from db import schema
 from tests.acceptance.deployment import Deployment, deployed
 from tests.chaos import servers
 from tests.chaos.audit import Audit
-from tests.chaos.crew import Blow, Crew
+from tests.chaos.crew import POOL_CHILDREN, Blow, Crew
 from tests.chaos.disk import SmallDisk
 from tests.chaos.havoc import Havoc
 from tests.chaos.material import Material
 from tests.chaos.producer import Producer
+from tests.chaos.subscriber import Subscriber
 from tests.chaos.workload import QUEUES, Workload
 from tests.tooling.waiting import eventually
 
@@ -107,6 +109,9 @@ class Scenario:
 
     def _run_with(self, stack: ExitStack, begin: float) -> Outcome:
         parts = self._servers()
+        mqtt = self._mqtt()
+        if mqtt is not None:
+            parts["mqtt"] = mqtt
         for part in parts.values():
             stack.callback(part.remove)
             part.start()
@@ -121,12 +126,17 @@ class Scenario:
         crew = Crew(deployment, self._size.workers)
         havoc = self._havoc(crew, parts, disk)
         stack.callback(crew.stop_watching)
+        subscriber = self._subscriber(stack, deployment, mqtt)
         crew.start()
         producer = Producer(deployment.app, workload)
         self._storm(producer, havoc)
         audit = Audit(deployment.app, material, crew.blows)
-        self._settle(audit, deployment, crew, producer, parts["broker"])
+        self._settle(audit, deployment, crew, producer, parts["broker"], subscriber)
         audit.jobs(producer.jobs)
+        if subscriber is not None:
+            audit.told(subscriber)
+            heard = f"a subscriber heard {subscriber.heard:,} changes in {subscriber.messages:,} messages"
+            self._note(f"{heard}; {audit.outages_of_mqtt()}")
         roots = [self._directory / "out", self._directory / "notes", *([disk.path] if disk else [])]
         audit.files(roots, producer.jobs)
         for error in havoc.errors:
@@ -167,6 +177,22 @@ class Scenario:
         broker = servers.RabbitmqBroker(QUEUES) if self._combination == "rabbitmq" else servers.RedisBroker()
         return {"broker": broker, "database": servers.PostgresDatabase()}
 
+    def _mqtt(self) -> servers.Mosquitto | None:
+        try:
+            return servers.Mosquitto()
+        except servers.services.ServiceMissing as exc:
+            self._note(f"no MQTT broker is told: {exc}")
+            return None
+
+    def _subscriber(
+        self, stack: ExitStack, deployment: Deployment, mqtt: servers.Mosquitto | None
+    ) -> Subscriber | None:
+        if mqtt is None:
+            return None
+        subscriber = Subscriber(mqtt.port, deployment.app.settings.mqtt_topic)
+        stack.callback(subscriber.close)
+        return subscriber
+
     def _disk(self, stack: ExitStack) -> SmallDisk | None:
         disk = SmallDisk(self._directory / "small")
         stack.callback(disk.unmount)
@@ -206,7 +232,13 @@ class Scenario:
         producer.join(timeout=30)
 
     def _settle(
-        self, audit: Audit, deployment: Deployment, crew: Crew, producer: Producer, broker: servers.Server
+        self,
+        audit: Audit,
+        deployment: Deployment,
+        crew: Crew,
+        producer: Producer,
+        broker: servers.Server,
+        subscriber: Subscriber | None,
     ) -> None:
         """Wait until all has ended and been cleaned up, each within its time; then let the workers go."""
         store, patiently = deployment.app.store, deployment.app.patiently
@@ -238,11 +270,33 @@ class Scenario:
                 DRAINED_WITHIN_S,
                 lambda: f"untold ends: {store.unsettled(_later())}",
             )
+        if subscriber is not None:
+            self._settle_mqtt(audit, deployment, crew, subscriber)
         crew.stop_watching()
         for complaint in crew.dismiss():
             audit.complain(complaint)
+        if subscriber is not None and (left := shown_workers(deployment)):
+            audit.complain(f"topics are left after the workers stopped in order: {left}")
         if left := store.holders():
             audit.complain(f"leases are left after the workers stopped in order: {left}")
+
+    def _settle_mqtt(self, audit: Audit, deployment: Deployment, crew: Crew, subscriber: Subscriber) -> None:
+        """Wait until every change is told, and every worker shown as it is: alive and idle."""
+        idle = {post.name: POOL_CHILDREN for post in crew.posts}
+        with _complaining(audit):
+            eventually(
+                lambda: shown_workers(deployment) == idle,
+                DRAINED_WITHIN_S,
+                lambda: f"free slots as MQTT has them: {shown_workers(deployment)}; workers: {idle}",
+                interval_s=0.5,
+            )
+        with _complaining(audit):
+            eventually(
+                lambda: subscriber.heard >= changes_of(deployment),
+                DRAINED_WITHIN_S,
+                lambda: f"a subscriber heard {subscriber.heard} changes of {changes_of(deployment)}",
+                interval_s=0.5,
+            )
 
     # When something was found
 
@@ -268,6 +322,27 @@ def _complaining(audit: Audit) -> Iterator[None]:
         yield
     except AssertionError as exc:
         audit.complain(str(exc))
+
+
+def shown_workers(deployment: Deployment) -> dict[str, int]:
+    """{worker: free slots} as a new subscriber to the capability topics sees them."""
+    from tasks.cli.mqtt_connection import Connection
+
+    settings = deployment.app.settings
+    with Connection(settings) as connection:
+        messages = connection.retained(f"{settings.capability_topic_prefix}/+")
+    shown = [json.loads(message.payload) for message in messages if message.payload]
+    return {worker["worker_id"]: worker["idle_count"] for worker in shown}
+
+
+def changes_of(deployment: Deployment) -> int:
+    """How many changes of jobs the log holds."""
+    from sqlalchemy import func, select
+
+    from db.models import task_logs
+
+    statement = select(func.count().label("changes")).select_from(task_logs).where(task_logs.c.job_id.is_not(None))
+    return int(deployment.app.store._rows(statement)[0]["changes"])
 
 
 def _later() -> Any:

@@ -1,8 +1,8 @@
-"""Brokers and databases of a combination, and what can be done to them. In: nothing but their programs.
+"""The servers of a combination, brokers and databases, and what can be done to them. In: nothing but their programs.
 
 Each has `env` for workers and producers, `harms` (what havoc may do: a name, and a call that gets a `hold`, which waits
-for as long as the harm is to last), and, once all is over, what it still holds. Another server, such as an MQTT broker,
-is another class with `start`, `env`, `harms` and `remove` in the list of a combination.
+for as long as the harm is to last), and, once all is over, what it still holds. Another server is another class with
+`start`, `env`, `harms` and `remove` in the list of a combination.
 """
 
 import json
@@ -206,3 +206,25 @@ class PostgresDatabase(ServerProcess):
             with suppress(psycopg.errors.LockNotAvailable), connection.transaction(force_rollback=True):
                 connection.execute("LOCK TABLE task_queue IN ACCESS EXCLUSIVE MODE")
                 hold()
+
+
+# --- MQTT
+
+
+class Mosquitto(ServerProcess):
+    """Keeps over a restart what is retained, and every message for a subscriber with a session."""
+
+    name = part = "mqtt"
+
+    def __init__(self) -> None:
+        self._mosquitto = services.PrivateMosquitto(
+            "persistence true", "persistence_location ./", "max_queued_messages 0"
+        )
+        super().__init__(self._mosquitto)
+        self.port = self._mosquitto.port
+        self.env = {
+            "BROADCAST_TYPE": "mqtt",
+            "MQTT_BROKER": services.HOST,
+            "MQTT_PORT": str(self.port),
+            "MQTT_HEARTBEAT_INTERVAL": "5",
+        }

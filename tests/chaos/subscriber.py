@@ -1,0 +1,65 @@
+"""A subscriber that wants every event: it has a session, which the broker keeps while either of them is away.
+
+In: events. Out: the changes of each job as the README's subscriber sees them, each once. As they come at least once and
+in order, they must be the job's log, without a gap.
+"""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from tests.services import HOST
+from tests.tooling.waiting import eventually
+
+FOR_EVER = 0xFFFFFFFF
+# It sits out a broker that is frozen for a minute.
+KEEPALIVE_S = 600
+
+
+class Subscriber:
+    """Connected when it is made, and again by itself whenever the broker is back."""
+
+    def __init__(self, port: int, topic: str) -> None:
+        self.changes: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        """{job: (sequence, event_type) of each change}"""
+        self.messages = 0
+        self._topic = topic
+        self._is_subscribed = False
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="chaos", protocol=mqtt.MQTTv5)
+        self._client.reconnect_delay_set(1, 1)
+        self._client.on_connect = self._on_connect
+        self._client.on_subscribe = self._on_subscribe
+        self._client.on_message = self._on_message
+        lasting = Properties(PacketTypes.CONNECT)
+        lasting.SessionExpiryInterval = FOR_EVER
+        self._client.connect(HOST, port, keepalive=KEEPALIVE_S, properties=lasting)
+        self._client.loop_start()
+        eventually(lambda: self._is_subscribed, 15, "subscribed")
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    @property
+    def heard(self) -> int:
+        """How many changes."""
+        return sum(map(len, list(self.changes.values())))
+
+    def _on_connect(self, client: mqtt.Client, _data: Any, flags: Any, *_: Any) -> None:
+        if not flags.session_present:
+            client.subscribe(self._topic, qos=1)
+
+    def _on_subscribe(self, *_: Any) -> None:
+        self._is_subscribed = True
+
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        event = json.loads(message.payload)
+        self.messages += 1
+        mine = self.changes[event["job_id"]]
+        if not mine or event["sequence"] > mine[-1][0]:
+            mine.append((event["sequence"], event["event_type"]))
