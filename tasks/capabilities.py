@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, Final
 
+from tasks.settings import settings
+
 logger = logging.getLogger(__name__)
 
 GROUP: Final = "media_tasks.capabilities"
@@ -26,13 +28,29 @@ def load_built_in() -> None:
 
 
 def load_installed() -> None:
-    """Import the plug-ins of installed packages; a broken one is named in the log and left out."""
+    """Import the plug-ins of installed packages; a broken one is named in the log with its reason, and left out."""
     for entry_point in entry_points(group=GROUP):
         try:
             entry_point.load()
-        except Exception:
+        except Exception as exc:
             package = entry_point.dist.name if entry_point.dist else "an unknown package"
-            logger.exception("capability plug-in %r of %s is left out: it can't be imported", entry_point.name, package)
+            logger.error(
+                "capability plug-in %r of %s is left out: it can't be imported (%s)",
+                entry_point.name,
+                package,
+                _reason(exc),
+                exc_info=exc if _is_debugging() else None,
+            )
+
+
+def _reason(exc: BaseException) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(exc).__name__}: {exc}".split())
+
+
+def _is_debugging() -> bool:
+    """Whether tracebacks are wanted; plug-ins are imported before a worker's log is set up."""
+    return settings().log_level == "DEBUG" or logger.isEnabledFor(logging.DEBUG)
 
 
 def names(app: Any) -> list[str]:

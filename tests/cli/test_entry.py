@@ -1,11 +1,15 @@
 """What `celery` itself shows of our commands, for this app and for those of others."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+
+from tests.acceptance.deployment import install_entry_point
+from tests.cli.conftest import REPOSITORY
 
 HEAVY = ("tasks.celery", "tasks.job", "tasks.settings", "tasks.capabilities")
 HEAVY_PACKAGES = ("sqlalchemy", "alembic", "rich", "db", "pyvips", "PIL", "numpy", "tasks.media")
@@ -91,6 +95,22 @@ def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, tmp_path):
 
     assert done.returncode == 1
     assert "the broker does not answer" in done.error
+
+
+@pytest.mark.parametrize(("level", "has_traceback"), [("INFO", False), ("DEBUG", True)])
+def test_a_broken_plug_in_is_named_in_one_line(celery, tmp_path, level, has_traceback):
+    site = install_entry_point(tmp_path / "site", "half_done", "broken-plugin")
+    (site / "half_done.py").write_text("import a_module_that_is_not_there\n")
+    env = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(site)]), "LOG_LEVEL": level}
+
+    done = celery("submit", "--help", env=env)
+
+    assert done.returncode == 0
+    first = done.stderr.splitlines()[0]
+    assert "capability plug-in 'tests' of broken-plugin is left out: it can't be imported (ModuleNotFoundError" in first
+    assert "a_module_that_is_not_there" in first
+    assert ("Traceback" in done.stderr) is has_traceback
+    assert (done.stderr.count("\n") > 1) is has_traceback
 
 
 def test_no_command_of_another_app_pays_for_ours():

@@ -1,0 +1,56 @@
+"""Discovery: what is said of a plug-in that can't be imported."""
+
+import logging
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from tasks import capabilities
+from tasks.settings import settings
+
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """One plug-in is installed, whose module raises at its import."""
+    (tmp_path / "raising.py").write_text("raise RuntimeError('no licence\\nfor this host')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry_point = EntryPoint("half-done", "raising", capabilities.GROUP)
+    monkeypatch.setattr(capabilities, "entry_points", lambda group: [entry_point])
+
+
+@pytest.fixture
+def log_level(monkeypatch):
+    """`log_level("DEBUG")` sets LOG_LEVEL for this process."""
+
+    def set_to(level):
+        monkeypatch.setenv("LOG_LEVEL", level)
+        settings.cache_clear()
+
+    yield set_to
+    settings.cache_clear()
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_broken_plug_in_is_one_line_with_its_name_and_reason(caplog, log_level):
+    log_level("INFO")
+
+    with caplog.at_level(logging.INFO):
+        capabilities.load_installed()
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "capability plug-in 'half-done' of an unknown package is left out: it can't be imported "
+        "(RuntimeError: no licence for this host)"
+    )
+    assert not record.exc_info
+
+
+@pytest.mark.usefixtures("broken")
+def test_its_traceback_is_shown_to_who_looks_for_it(caplog, log_level):
+    log_level("DEBUG")
+
+    with caplog.at_level(logging.INFO):
+        capabilities.load_installed()
+
+    assert "raising.py" in caplog.text
+    assert "Traceback" in caplog.text
