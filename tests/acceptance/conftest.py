@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,25 @@ def deployment(
 def worker(deployment: Deployment) -> Worker:
     """The module's worker: two pool children, every capability."""
     return deployment.start_worker("--concurrency=2")
+
+
+@pytest.fixture
+def own_env() -> dict[str, Any]:
+    """The settings of a test's own deployment; a module may give others."""
+    return {}
+
+
+@pytest.fixture
+def own(server_dir: Path, tmp_path: Path, own_env: dict[str, Any]) -> Iterator[Deployment]:
+    """A deployment of this test's own, to be harmed."""
+    with deployed(server_dir, tmp_path, own_env) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def task(own: Deployment) -> Any:
+    """Its tasks, by name."""
+    return own.task
 
 
 @pytest.hookimpl(wrapper=True)

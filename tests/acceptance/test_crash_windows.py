@@ -6,24 +6,13 @@ import pytest
 import pyvips
 from celery import chain, chord
 
-from tests.acceptance.deployment import deployed, lines
+from tests.acceptance.deployment import lines
 from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow
 GET = {"timeout": 60}
 IN_A_CHILD = ["claimed", "before the rename", "before completed", "completed"]
 IN_THE_MAIN_PROCESS = ["before the acknowledgement"]
-
-
-@pytest.fixture
-def own(server_dir, tmp_path):
-    with deployed(server_dir, tmp_path) as deployment:
-        yield deployment
-
-
-@pytest.fixture
-def task(own):
-    return own.task
 
 
 @pytest.fixture

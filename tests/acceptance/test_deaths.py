@@ -16,18 +16,6 @@ TAKEN_OVER = ["created", "claimed", "started", "lost", "claimed", "started", "co
 GET = {"timeout": 20}
 
 
-@pytest.fixture
-def own(server_dir, tmp_path):
-    """A deployment of this test's own."""
-    with deployed(server_dir, tmp_path) as deployment:
-        yield deployment
-
-
-@pytest.fixture
-def task(own):
-    return own.task
-
-
 def test_a_killed_pool_child_costs_one_attempt_and_nothing_else(own, task, tmp_path):
     own.start_worker("--concurrency=2")
     job = task.note.delay(str(tmp_path / "runs"), "job", 2.0)

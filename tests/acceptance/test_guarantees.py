@@ -43,11 +43,6 @@ def own(request, broker, server_dir, tmp_path):
         yield deployment
 
 
-@pytest.fixture
-def task(own):
-    return own.task
-
-
 def empty(own, broker):
     """Take away all that the broker holds, as an operator does by mistake."""
     if broker == "embedded":

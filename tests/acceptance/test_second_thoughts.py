@@ -9,22 +9,11 @@ from celery import chain, chord
 from kombu import Queue
 
 from tasks import control
-from tests.acceptance.deployment import deployed, lines
+from tests.acceptance.deployment import lines
 from tests.tooling.waiting import eventually
 
 COMPLETED = ["created", "claimed", "started", "completed"]
 GET = {"timeout": 30}
-
-
-@pytest.fixture
-def own(server_dir, tmp_path):
-    with deployed(server_dir, tmp_path) as deployment:
-        yield deployment
-
-
-@pytest.fixture
-def task(own):
-    return own.task
 
 
 @pytest.mark.parametrize("pool", ["threads", "solo"])

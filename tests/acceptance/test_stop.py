@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.acceptance.deployment import deployed, lines
+from tests.acceptance.deployment import lines
 from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
@@ -19,14 +19,8 @@ POOLS = ["prefork", "threads", "solo"]
 
 
 @pytest.fixture
-def own(server_dir, tmp_path):
-    with deployed(server_dir, tmp_path, {"SHUTDOWN_GRACE_S": 20}) as deployment:
-        yield deployment
-
-
-@pytest.fixture
-def task(own):
-    return own.task
+def own_env():
+    return {"SHUTDOWN_GRACE_S": 20}
 
 
 def running_job(own, task, tmp_path, seconds):
