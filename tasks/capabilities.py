@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, Final
 
+from tasks.errors import SettingsError
 from tasks.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,27 @@ def _is_debugging() -> bool:
 def names(app: Any) -> list[str]:
     """All capabilities that are declared, sorted."""
     return sorted(name for name in app.tasks if not name.startswith(OWN_PREFIX))
+
+
+def check_strategies(app: Any, *, is_quiet: bool = False) -> None:
+    """Look for slips in QUEUE_STRATEGY. A queue that is no capability's is warned of: `-Q` may serve it by its name.
+
+    Raises:
+        SettingsError: It is nearly a capability's name.
+    """
+    known = names(app)
+    for queue in app.settings.queue_strategy:
+        if queue == "*" or queue in known:
+            continue
+        if hint := nearest(queue, known):
+            raise SettingsError(f"QUEUE_STRATEGY: no queue is called {queue}{hint}")
+        if not is_quiet:
+            logger.warning(
+                "QUEUE_STRATEGY: %s is no capability's queue; it counts for workers with -Q %s only (known: %s, *)",
+                queue,
+                queue,
+                ", ".join(known),
+            )
 
 
 def missing_engines(task: Any) -> list[str]:

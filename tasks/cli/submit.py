@@ -41,9 +41,12 @@ def submit() -> None:
 
 
 def _app(ctx: click.Context) -> Any:
+    from tasks import capabilities
+
     app = app_of(ctx)
     with readable_errors():
         app.load_capabilities()
+        capabilities.check_strategies(app, is_quiet=True)
     return app
 
 

@@ -68,6 +68,13 @@ def test_an_unknown_capability_is_answered_with_the_nearest(celery, photo):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_strategy_of_a_misspelt_queue_is_refused_in_one_line(celery, photo):
+    done = celery("submit", "image_resize", photo, "out.webp", env={"QUEUE_STRATEGY": "image_reszie=LIFO"})
+
+    assert done.returncode == 1
+    assert done.stderr == "Error: QUEUE_STRATEGY: no queue is called image_reszie; did you mean image_resize?\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,11 +1,13 @@
-"""Discovery: what is said of a plug-in that can't be imported."""
+"""Discovery: what is said of a plug-in that can't be imported, and of strategies for queues that nothing has."""
 
 import logging
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 
 from tasks import capabilities
+from tasks.errors import SettingsError
 from tasks.settings import settings
 
 
@@ -54,3 +56,31 @@ def test_its_traceback_is_shown_to_who_looks_for_it(caplog, log_level):
 
     assert "raising.py" in caplog.text
     assert "Traceback" in caplog.text
+
+
+def strategies_for(*queues):
+    """An app with two capabilities, one of Celery's own tasks, and these queues in QUEUE_STRATEGY."""
+    settings = SimpleNamespace(queue_strategy=dict.fromkeys(queues, "LIFO"))
+    return SimpleNamespace(tasks=["image_resize", "words", "celery.group"], settings=settings)
+
+
+def test_strategies_of_capabilities_are_let_through_without_a_word(caplog):
+    capabilities.check_strategies(strategies_for("*", "image_resize", "words"))
+
+    assert caplog.records == []
+
+
+def test_a_strategy_of_a_misspelt_queue_is_refused_with_the_nearest():
+    with pytest.raises(SettingsError, match=r"^QUEUE_STRATEGY: no queue is called wrods; did you mean words\?$"):
+        capabilities.check_strategies(strategies_for("*", "wrods"))
+
+
+def test_a_strategy_of_a_queue_that_only_has_a_name_is_warned_of(caplog):
+    capabilities.check_strategies(strategies_for("vip"))
+    capabilities.check_strategies(strategies_for("vip"), is_quiet=True)
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "QUEUE_STRATEGY: vip is no capability's queue; it counts for workers with -Q vip only "
+        "(known: image_resize, words, *)"
+    )
