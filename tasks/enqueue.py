@@ -12,10 +12,13 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from celery.utils.time import maybe_iso8601
+from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
+from kombu.utils.url import maybe_sanitize_url
 
 from db.records import PENDING, NewJob, Publication, Status, now
 from tasks import capabilities
+from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import PRIORITIES, PRIORITY_DEFAULT, Job, follows_up
 from tasks.results import describe, unsent
@@ -181,9 +184,24 @@ def _publish(
         if is_patient:
             app.patiently(lambda: app.store.rest(task_id, publication.number))
             return
+        error = _explained(app, exc)
         job = NewJob(job_id=task_id, task_type=name, queue=name, parameters={})
-        app.store.end(job, Status.FAILED, describe(exc), publication=publication.number)
-        raise
+        app.store.end(job, Status.FAILED, describe(error), publication=publication.number)
+        if error is exc:
+            raise
+        raise error from exc
+
+
+def _explained(app: Any, exc: Exception) -> Exception:
+    """The error of a broker on another machine with its address and what helps; the embedded one's says both itself."""
+    if not isinstance(exc, OperationalError) or isinstance(exc, BrokerError):
+        return exc
+    urls = ";".join(maybe_sanitize_url(url) for url in app.settings.broker_url.split(";"))
+    error: Exception = OperationalError(
+        f"the broker does not answer at {urls} ({exc}); start it, or set CELERY_BROKER_URL to one that runs, and "
+        "submit again (with ENQUEUE=outbox a job waits for its broker)"
+    )
+    return error
 
 
 def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:

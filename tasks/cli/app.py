@@ -104,7 +104,8 @@ def _message(exc: Exception) -> str | None:
     if isinstance(exc, sqlite3.Error):
         return f"the job database does not answer: {_first_line(exc)}"
     if isinstance(exc, BrokerError):
-        return f"the broker does not answer: {_first_line(exc)}"
+        text = _first_line(exc)
+        return text if text.startswith("the broker does not answer") else f"the broker does not answer: {text}"
     return None
 
 

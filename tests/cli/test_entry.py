@@ -89,12 +89,14 @@ def test_a_server_directory_that_cannot_be_made_is_named_in_one_line(celery, tmp
 
 
 def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, tmp_path):
-    env = {"CELERY_BROKER_URL": "redis://127.0.0.1:1/0"}
+    env = {"CELERY_BROKER_URL": "redis://:hunter2@127.0.0.1:1/0"}
 
     done = celery("submit", "image_resize", "a.jpg", "b.webp", "--width", 80, env=env)
 
     assert done.returncode == 1
-    assert "the broker does not answer" in done.error
+    assert done.error.startswith("Error: the broker does not answer at redis://:**@127.0.0.1:1/0 (")
+    assert "CELERY_BROKER_URL" in done.error
+    assert "hunter2" not in done.stderr
 
 
 @pytest.mark.parametrize(("level", "has_traceback"), [("INFO", False), ("DEBUG", True)])

@@ -80,6 +80,24 @@ def test_a_broker_that_refuses_fails_the_row_before_the_error_reaches_the_caller
     )
 
 
+def test_a_broker_that_refuses_is_named_without_its_password_and_with_what_helps(refused):
+    with pytest.raises(OperationalError) as caught:
+        refused.task.add.apply_async((1, 1), task_id="job-1")
+
+    message = str(caught.value)
+    assert message.startswith("the broker does not answer at amqp://user:**@127.0.0.1:9// (")
+    assert "refused" in message
+    assert "start it, or set CELERY_BROKER_URL to one that runs, and submit again" in message
+    assert refused.row("job-1")["error_message"] == message
+
+
+def test_an_embedded_broker_that_can_not_be_used_is_named_by_its_file_and_what_helps(producer, task):
+    (producer.server_dir / "broker.db").write_bytes(b"this is no database, and never was one" * 100)
+
+    with pytest.raises(OperationalError, match=r"Broker file .*/broker\.db: it is no SQLite database; name"):
+        task.add.delay(1, 1)
+
+
 def test_a_job_that_failed_to_be_published_can_be_sent_again_under_its_id(producer, task, monkeypatch):
     send = producer.app.amqp.send_task_message
 
