@@ -8,6 +8,7 @@ before the error reaches the caller, so that a caller who tries again gets one j
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -33,6 +34,16 @@ _NOT_KEPT: Final = (
     "add_to_parent",
 )
 _OWN_HEADERS: Final = ("publication", "expires")
+LONGEST_S: Final = 100 * 365 * 86400
+_SECONDS: Final = f"a number of seconds, such as 60 ({LONGEST_S:,} at most)"
+_TIME: Final = "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"
+_TAKES: Final = {
+    "countdown": f"{_SECONDS}, from now",
+    "eta": f"{_TIME} (countdown takes seconds)",
+    "expires": f"{_SECONDS}, from now, or {_TIME}",
+    "time_limit": _SECONDS,
+    "soft_time_limit": _SECONDS,
+}
 
 
 def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
@@ -83,8 +94,9 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
         args, kwargs = task.arguments.absolute(args, kwargs)
     options["queue"] = _queue_of(app, task, name, options.get("queue"))
     unique_key, unique_until = _uniqueness(name, args, kwargs, options)
-    run_after_utc = _due(options)
-    expires_at = options["expires"] = _moment(options.get("expires"))  # row and message say the same
+    run_after_utc = _due(name, options)
+    expires_at = options["expires"] = _expiry(name, options)  # row and message say the same
+    _check_time_limits(name, options)
     has_sequel = any(options.get(what) for what in ("chain", "chord", "link_error"))
     return NewJob(
         job_id=options["task_id"],
@@ -148,7 +160,7 @@ def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> P
             attempt=request.attempt,
             event="retry" if name == request.task else "replaced",
             retry_count=options.get("retries") or 0,
-            run_after_utc=_due(options),
+            run_after_utc=_due(name, options),
             failure=describe(error) if error is not None else None,
         )
     )
@@ -222,7 +234,7 @@ def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:
 def _priority(name: str, priority: Any) -> int:
     if priority is None:
         return PRIORITY_DEFAULT
-    if not isinstance(priority, int) or priority not in PRIORITIES:
+    if not isinstance(priority, int) or isinstance(priority, bool) or priority not in PRIORITIES:
         raise InvalidArguments(f"{name}: priority={priority!r} must be a whole number from 1 to 10 (10 runs first)")
     return priority
 
@@ -269,17 +281,48 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _due(options: Mapping[str, Any]) -> datetime | None:
+def _due(name: str, options: Mapping[str, Any]) -> datetime | None:
     """When it may run; None for at once: whatever is due later rests in its row, not in a worker's memory."""
-    due = _moment(options.get("eta") or options.get("countdown"))
+    eta, countdown = options.get("eta"), options.get("countdown")
+    due = _moment(name, "eta", eta) if eta is not None else _after(name, "countdown", countdown)
     return due if due is not None and due > now() else None
 
 
-def _moment(value: Any) -> datetime | None:
-    """A time in UTC from what Celery takes for one: seconds from now, ISO text, or a datetime."""
-    if not value:
-        return None
-    if isinstance(value, (int, float)):
-        return now() + timedelta(seconds=value)
-    moment: datetime = maybe_iso8601(value)
+def _expiry(name: str, options: Mapping[str, Any]) -> datetime | None:
+    expires = options.get("expires")
+    is_moment = isinstance(expires, (str, datetime))
+    return _moment(name, "expires", expires) if is_moment else _after(name, "expires", expires)
+
+
+def _moment(name: str, option: str, value: Any) -> datetime:
+    """A time in UTC, from a datetime or from text; one without a zone is UTC."""
+    moment: Any = value
+    with suppress(ValueError, OverflowError):
+        moment = maybe_iso8601(value) if isinstance(value, str) else value
+    if not isinstance(moment, datetime):
+        raise _refused_option(name, option, value)
     return moment if moment.tzinfo else moment.replace(tzinfo=now().tzinfo)
+
+
+def _after(name: str, option: str, value: Any) -> datetime | None:
+    """A time in UTC, from seconds from now."""
+    if value is None:
+        return None
+    if not (_is_number(value) and -LONGEST_S <= value <= LONGEST_S):
+        raise _refused_option(name, option, value)
+    return now() + timedelta(seconds=value)
+
+
+def _check_time_limits(name: str, options: Mapping[str, Any]) -> None:
+    for option in ("time_limit", "soft_time_limit"):
+        value = options.get(option)
+        if value is not None and not (_is_number(value) and 0 <= value <= LONGEST_S):
+            raise _refused_option(name, option, value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _refused_option(name: str, option: str, value: Any) -> InvalidArguments:
+    return InvalidArguments(f"{name}: {option}={value!r:.80} must be {_TAKES[option]}")

@@ -36,6 +36,57 @@ def test_what_is_due_already_is_sent_at_once(producer, add, options):
     assert producer.row(job)["run_after_utc"] is None
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "takes"),
+    [
+        ("countdown", "x", "a number of seconds, such as 60"),
+        ("countdown", "2031-01-31T12:00:00", "a number of seconds"),
+        ("countdown", float("nan"), "a number of seconds"),
+        ("countdown", float("inf"), "a number of seconds"),
+        ("countdown", 1e12, "3,153,600,000 at most"),
+        ("countdown", True, "a number of seconds"),
+        ("countdown", timedelta(seconds=5), "a number of seconds"),
+        ("eta", "x", "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"),
+        ("eta", "", "a datetime"),
+        ("eta", 60, "countdown takes seconds"),
+        ("eta", now().date(), "a datetime"),
+        ("expires", "x", "a number of seconds, such as 60 (3,153,600,000 at most), from now, or a datetime"),
+        ("expires", float("nan"), "a number of seconds"),
+        ("expires", [60], "a number of seconds"),
+        ("priority", "x", "a whole number from 1 to 10"),
+        ("priority", 11, "a whole number from 1 to 10"),
+        ("priority", True, "a whole number from 1 to 10"),
+        ("time_limit", "x", "a number of seconds"),
+        ("time_limit", -1, "a number of seconds"),
+        ("soft_time_limit", float("nan"), "a number of seconds"),
+    ],
+)
+def test_an_option_that_can_not_be_used_is_refused_by_its_name_and_what_it_takes(producer, add, option, value, takes):
+    with pytest.raises(InvalidArguments) as caught:
+        add.apply_async((1, 1), **{option: value})
+
+    assert str(caught.value).startswith(f"add: {option}={value!r} must be ")
+    assert takes in str(caught.value)
+    assert producer.app.store.jobs() == []
+    assert messages(producer, "add") == []
+
+
+@pytest.mark.parametrize("value", [90, 90.5, now() + timedelta(seconds=90), "2031-01-31T12:00:00Z", "2031-01-31T12:00"])
+def test_what_celery_takes_for_an_expiry_is_taken(producer, add, value):
+    job = add.apply_async((1, 1), expires=value)
+
+    assert producer.row(job)["expires_at"] > now() + timedelta(seconds=80)
+
+
+def test_a_step_whose_options_can_not_be_used_fails_and_not_the_job_before_it(producer, add):
+    last = chain(add.s(1, 1), add.s(1).set(countdown="x"))()
+    message = producer.row(last.parent)["message"]["options"]
+
+    assert run(add, last.parent.id, 1, 1, publication=1, chain=message["chain"]) == 2
+    assert producer.row(last)["status"] == "failed"
+    assert "add: countdown='x' must be a number of seconds" in producer.row(last)["error_message"]
+
+
 def test_headers_of_the_caller_are_kept_in_the_row(producer, add):
     job = add.apply_async((1, 1), headers={"trace": "abc"})
 
