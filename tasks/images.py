@@ -26,21 +26,21 @@ _IMAGE: dict[str, Any] = {
 
 
 def _resize_options(input: str, output: str, **arguments: Any) -> ResizeOptions:
-    _check_distinct(input, output)
+    _check_paths(input, output)
     options = ResizeOptions(**arguments)
     options.format_for(output)
     return options
 
 
 def _conversion_options(input: str, output: str, **arguments: Any) -> ConversionOptions:
-    _check_distinct(input, output)
+    _check_paths(input, output)
     options = ConversionOptions(**arguments)
     options.format_for(output)
     return options
 
 
 def _renditions_options(input: str, output_dir: str, **arguments: Any) -> RenditionsOptions:
-    _check_distinct(input, output_dir)
+    _check_paths(input, output_dir, is_directory=True)
     return RenditionsOptions(**arguments)
 
 
@@ -155,10 +155,15 @@ def image_renditions(
     return image.renditions(input, output_dir, options, **_hooks(self))
 
 
-def _check_distinct(input: str, output: str) -> None:
-    """What can be seen at the call; links are looked through at the worker."""
+def _check_paths(input: str, output: str, *, is_directory: bool = False) -> None:
+    """What can be seen at the call, where MEDIA_ROOTS may be set as well; the worker looks again, through links."""
+    from tasks.media.sniff import resolved_within
+
     if input == output:
         raise PathNotAllowed(f"output {output} is the input itself; write to another file")
+    if roots := app.settings.media_roots:
+        resolved_within(input, roots)
+        resolved_within(output, roots, parent_only=not is_directory)
 
 
 def _hooks(job: Job) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def open_input(path: str, limits: Limits) -> Iterator[Input]:
         LimitExceeded: it has more bytes or frames than the limits allow.
         CorruptMedia: its frames can't be counted.
     """
-    real_path = _allowed(path, limits)
+    real_path = resolved_within(path, limits.media_roots)
     fd = _open_regular(path, real_path)
     try:
         size_bytes = os.fstat(fd).st_size
@@ -74,7 +74,7 @@ def open_input(path: str, limits: Limits) -> Iterator[Input]:
 
 def check_output(path: str, source: Input, limits: Limits) -> None:
     """Refuse an output that is relative, outside MEDIA_ROOTS, or the input itself under any name."""
-    _allowed(path, limits, parent_only=True)
+    resolved_within(path, limits.media_roots, parent_only=True)
     try:
         is_input = os.path.samestat(Path(path).stat(), os.fstat(source.fd))
     except OSError:
@@ -100,8 +100,12 @@ def sniff(head: bytes, path: str = "the input") -> str:
     )
 
 
-def _allowed(path: str, limits: Limits, *, parent_only: bool = False) -> Path:
-    """The path with symlinks resolved; of an output only its directory's, since a rename replaces a symlink itself."""
+def resolved_within(path: str, roots: tuple[str, ...], *, parent_only: bool = False) -> Path:
+    """The path with symlinks resolved; of an output only its directory's, since a rename replaces a symlink itself.
+
+    Raises:
+        PathNotAllowed: it is relative, can't be resolved, or lies outside of all roots, if there are any.
+    """
     if not Path(path).is_absolute():
         raise PathNotAllowed(f"{path!r} is not an absolute local path; a worker stands in another directory: give one")
     if "\0" in path:
@@ -110,9 +114,11 @@ def _allowed(path: str, limits: Limits, *, parent_only: bool = False) -> Path:
         real_path = Path(path).parent.resolve() / Path(path).name if parent_only else Path(path).resolve()
     except (RuntimeError, OSError) as exc:  # a circle of symlinks, a name too long
         raise PathNotAllowed(f"{path} can't be resolved: {exc}; give a path without circular symlinks") from exc
-    roots = [Path(root).resolve() for root in limits.media_roots]
-    if roots and not any(real_path.is_relative_to(root) for root in roots):
-        raise PathNotAllowed(f"{path} lies outside of {', '.join(limits.media_roots)} (MEDIA_ROOTS)")
+    if roots and not any(real_path.is_relative_to(Path(root).resolve()) for root in roots):
+        raise PathNotAllowed(
+            f"{path} lies outside of {', '.join(roots)} (MEDIA_ROOTS); move it there, or have MEDIA_ROOTS hold its "
+            "directory"
+        )
     return real_path
 
 
