@@ -37,8 +37,9 @@ def resize(
 ) -> dict[str, Any]:
     """Write `input`, fitted into the options' box, to `output`: upright, in sRGB, 8 bits a sample, without metadata.
 
-    Animations stay animated where the output's format can hold them. `progress` is told percents, `confirm` is called
-    before the output appears, `token` names the temp file (see `atomic_outputs`).
+    Animations stay animated where the output's format can hold them. `progress` is told percents (those of webp, avif,
+    gif, heic and jxl rest at 5 until they are encoded), `confirm` is called before the output appears, `token` names
+    the temp file (see `atomic_outputs`).
 
     Returns:
         output, format, width, height (px), size_bytes, and frames of an animation.
@@ -56,7 +57,7 @@ def resize(
         image = _shrunk_on_load(source, image, plan, limits)
         with atomic_outputs([output], token=token, confirm=confirm) as (staged,), _decoding(source):
             image = _fitted(image, plan, target, options.background)
-            with _told(image, progress):
+            with _told(image, target, progress):
                 result = _write(image, staged, source, target, quality=options.quality)
     return result
 
@@ -84,7 +85,7 @@ def convert(
         with atomic_outputs([output], token=token, confirm=confirm) as (staged,), _decoding(source):
             image = _flattened(_in_srgb(_upright(image), target), target, options.background)
             keep = "none" if options.strip_metadata else "all"
-            with _told(image, progress):
+            with _told(image, target, progress):
                 result = _write(
                     image, staged, source, target, quality=options.quality, lossless=options.lossless, keep=keep
                 )
@@ -342,15 +343,20 @@ def _decoding(source: Input, staged: Staged | None = None) -> Iterator[None]:
 
 _TOLD_FROM_PIXELS = 24_000_000
 _TOLD_STEP_PERCENT = 5
+# These are encoded after their last pixel was read, by libraries that tell nothing meanwhile; reading is less than a
+# twentieth of the whole.
+_READ_BEFORE_ENCODED = ("webp", "avif", "gif", "heic", "jxl")
+_SHARE_OF_READING = 0.05
 
 
 @contextmanager
-def _told(image: Any, progress: Progress | None) -> Iterator[None]:
-    """Tell the percent written of a large image in steps; a small one is done before anybody looks."""
+def _told(image: Any, target: Format, progress: Progress | None) -> Iterator[None]:
+    """Tell the percent done of a large image in steps; a small one is done before anybody looks."""
     if progress is None:
         yield
         return
     last = 0
+    share = _SHARE_OF_READING if target.name in _READ_BEFORE_ENCODED else 1.0
     failure: BaseException | None = None
 
     def on_eval(watched: Any, state: Any) -> None:
@@ -358,7 +364,7 @@ def _told(image: Any, progress: Progress | None) -> Iterator[None]:
         if failure is None and last + _TOLD_STEP_PERCENT <= state.percent < 100:
             last = state.percent
             try:
-                progress(float(last))
+                progress(last * share)
             except BaseException as exc:  # it would be lost in C; raised below
                 failure = exc
                 watched.set_kill(True)

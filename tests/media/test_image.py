@@ -439,6 +439,25 @@ class TestEveryFunction:
         assert told == sorted(told)
         assert told[-1] == 100
 
+    @pytest.mark.parametrize("suffix", ["webp", "gif", "avif"])
+    def test_what_is_encoded_after_it_was_read_is_not_told_to_be_nearly_done(
+        self, tmp_path, limits, plain, monkeypatch, suffix
+    ):
+        monkeypatch.setattr("tasks.media.image._TOLD_FROM_PIXELS", 1)
+        plain([1, 2, 3], 1000, 800).pngsave(str(tmp_path / "in.png"))
+        told: list[float] = []
+        convert(
+            str(tmp_path / "in.png"),
+            str(tmp_path / f"o.{suffix}"),
+            ConversionOptions(),
+            limits=limits,
+            progress=told.append,
+        )
+        assert told == sorted(told)
+        assert len(told) > 3
+        assert max(told[:-1]) < 5
+        assert told[-1] == 100
+
     def test_what_progress_raises_stops_the_work(self, tmp_path, limits, plain):
         plain([1, 2, 3], 6000, 4100).pngsave(str(tmp_path / "in.png"), compression=0)
 
