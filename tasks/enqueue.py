@@ -8,11 +8,9 @@ before the error reaches the caller, so that a caller who tries again gets one j
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from celery.utils.time import maybe_iso8601
 from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
@@ -22,6 +20,7 @@ from tasks import capabilities
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import PRIORITIES, PRIORITY_DEFAULT, Job, follows_up
+from tasks.options import check, due, expiry, refused
 from tasks.results import describe, unsent
 
 _NOT_KEPT: Final = (
@@ -34,16 +33,6 @@ _NOT_KEPT: Final = (
     "add_to_parent",
 )
 _OWN_HEADERS: Final = ("publication", "expires")
-LONGEST_S: Final = 100 * 365 * 86400
-_SECONDS: Final = f"a number of seconds, such as 60 ({LONGEST_S:,} at most)"
-_TIME: Final = "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"
-_TAKES: Final = {
-    "countdown": f"{_SECONDS}, from now",
-    "eta": f"{_TIME} (countdown takes seconds)",
-    "expires": f"{_SECONDS}, from now, or {_TIME}",
-    "time_limit": _SECONDS,
-    "soft_time_limit": _SECONDS,
-}
 
 
 def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
@@ -60,6 +49,8 @@ def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -
     task = options.get("task_type") or app.tasks.get(name)
     current = app.current_worker_task
     is_patient = current is not None or follows_up.get()
+    if isinstance(args, (str, bytes, Mapping)):
+        raise refused(name, "args", args, "a list or a tuple of arguments")
     args, kwargs = list(args or ()), dict(kwargs or {})
     task_id = options["task_id"] = options.get("task_id") or app.new_id()
     publication: Publication | None
@@ -88,15 +79,15 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     Raises:
         UnknownTask, UnknownQueue, InvalidArguments: As `send`.
     """
+    check(name, options)
     parent = app.current_worker_task
     request = parent.request if parent is not None else None
     if parent is None and isinstance(task, Job):
         args, kwargs = task.arguments.absolute(args, kwargs)
     options["queue"] = _queue_of(app, task, name, options.get("queue"))
     unique_key, unique_until = _uniqueness(name, args, kwargs, options)
-    run_after_utc = _due(name, options)
-    expires_at = options["expires"] = _expiry(name, options)  # row and message say the same
-    _check_time_limits(name, options)
+    run_after_utc = due(name, options)
+    expires_at = options["expires"] = expiry(name, options)  # row and message say the same
     has_sequel = any(options.get(what) for what in ("chain", "chord", "link_error"))
     return NewJob(
         job_id=options["task_id"],
@@ -160,7 +151,7 @@ def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> P
             attempt=request.attempt,
             event="retry" if name == request.task else "replaced",
             retry_count=options.get("retries") or 0,
-            run_after_utc=_due(name, options),
+            run_after_utc=due(name, options),
             failure=describe(error) if error is not None else None,
         )
     )
@@ -218,24 +209,24 @@ def _explained(app: Any, exc: Exception) -> Exception:
 
 def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:
     """The queue to publish to: the task's own name, unless the caller names one that is known."""
-    queue = getattr(queue, "name", queue) or getattr(task, "queue", None) or name
-    if name == queue and name in app.tasks:
-        return str(queue)
+    wanted = str(getattr(queue, "name", queue) or getattr(task, "queue", None) or name)
+    if name == wanted and name in app.tasks:
+        return wanted
     declared = set(capabilities.names(app))
     served = {served for worker in app.live_workers() for served in worker["capabilities"]}
     known = declared | served | {queue.name for queue in app.conf.task_queues or ()}
-    if name not in declared and name not in served and queue not in served:
+    if name not in declared and name not in served and wanted not in served:
         raise UnknownTask(f"no worker serves {name}{capabilities.nearest(name, known)}")
-    if queue not in known:
-        raise UnknownQueue(f"no worker serves the queue {queue}{capabilities.nearest(queue, known)}")
-    return str(queue)
+    if wanted not in known:
+        raise UnknownQueue(f"no worker serves the queue {wanted}{capabilities.nearest(wanted, known)}")
+    return wanted
 
 
 def _priority(name: str, priority: Any) -> int:
     if priority is None:
         return PRIORITY_DEFAULT
     if not isinstance(priority, int) or isinstance(priority, bool) or priority not in PRIORITIES:
-        raise InvalidArguments(f"{name}: priority={priority!r} must be a whole number from 1 to 10 (10 runs first)")
+        raise refused(name, "priority", priority, "a whole number from 1 to 10 (10 runs first)")
     return priority
 
 
@@ -279,50 +270,3 @@ def _is_unique(step: Any) -> bool:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _due(name: str, options: Mapping[str, Any]) -> datetime | None:
-    """When it may run; None for at once: whatever is due later rests in its row, not in a worker's memory."""
-    eta, countdown = options.get("eta"), options.get("countdown")
-    due = _moment(name, "eta", eta) if eta is not None else _after(name, "countdown", countdown)
-    return due if due is not None and due > now() else None
-
-
-def _expiry(name: str, options: Mapping[str, Any]) -> datetime | None:
-    expires = options.get("expires")
-    is_moment = isinstance(expires, (str, datetime))
-    return _moment(name, "expires", expires) if is_moment else _after(name, "expires", expires)
-
-
-def _moment(name: str, option: str, value: Any) -> datetime:
-    """A time in UTC, from a datetime or from text; one without a zone is UTC."""
-    moment: Any = value
-    with suppress(ValueError, OverflowError):
-        moment = maybe_iso8601(value) if isinstance(value, str) else value
-    if not isinstance(moment, datetime):
-        raise _refused_option(name, option, value)
-    return moment if moment.tzinfo else moment.replace(tzinfo=now().tzinfo)
-
-
-def _after(name: str, option: str, value: Any) -> datetime | None:
-    """A time in UTC, from seconds from now."""
-    if value is None:
-        return None
-    if not (_is_number(value) and -LONGEST_S <= value <= LONGEST_S):
-        raise _refused_option(name, option, value)
-    return now() + timedelta(seconds=value)
-
-
-def _check_time_limits(name: str, options: Mapping[str, Any]) -> None:
-    for option in ("time_limit", "soft_time_limit"):
-        value = options.get(option)
-        if value is not None and not (_is_number(value) and 0 <= value <= LONGEST_S):
-            raise _refused_option(name, option, value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _refused_option(name: str, option: str, value: Any) -> InvalidArguments:
-    return InvalidArguments(f"{name}: {option}={value!r:.80} must be {_TAKES[option]}")

@@ -9,7 +9,7 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from kombu.exceptions import OperationalError
 
 from db.records import Status, now
-from tasks.errors import InvalidArguments
+from tasks.errors import InvalidArguments, UnknownQueue
 from tasks.results import describe
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import change, claim, messages, new_job, publications, run
@@ -59,16 +59,38 @@ def test_what_is_due_already_is_sent_at_once(producer, add, options):
         ("time_limit", "x", "a number of seconds"),
         ("time_limit", -1, "a number of seconds"),
         ("soft_time_limit", float("nan"), "a number of seconds"),
+        ("task_id", 5, "a printable text of 1 to 255 characters"),
+        ("task_id", "a\nb", "a printable text"),
+        ("task_id", "i" * 256, "a printable text"),
+        ("retries", "x", "a whole number from 0"),
+        ("retries", -1, "a whole number from 0"),
+        ("serializer", "pickle", "'json'"),
+        ("headers", "x", "a dict"),
+        ("link", "x", "a signature, such as image_conversion.s("),
+        ("link_error", ["x"], "a signature"),
     ],
 )
 def test_an_option_that_can_not_be_used_is_refused_by_its_name_and_what_it_takes(producer, add, option, value, takes):
     with pytest.raises(InvalidArguments) as caught:
         add.apply_async((1, 1), **{option: value})
 
-    assert str(caught.value).startswith(f"add: {option}={value!r} must be ")
+    assert str(caught.value).startswith(f"add: {option}={value!r:.80} must be ")
     assert takes in str(caught.value)
     assert producer.app.store.jobs() == []
     assert messages(producer, "add") == []
+
+
+@pytest.mark.parametrize("args", ["ab", b"ab", {"x": 1, "y": 2}], ids=str)
+def test_arguments_that_are_no_list_are_refused(producer, args):
+    with pytest.raises(InvalidArguments, match=r"^add: args=.* must be a list or a tuple of arguments$"):
+        producer.app.send_task("add", args)
+
+    assert producer.app.store.jobs() == []
+
+
+def test_a_queue_that_is_no_text_is_refused_as_an_unknown_one(producer, add):
+    with pytest.raises(UnknownQueue, match="no worker serves the queue 5"):
+        add.apply_async((1, 1), queue=5)
 
 
 @pytest.mark.parametrize("value", [90, 90.5, now() + timedelta(seconds=90), "2031-01-31T12:00:00Z", "2031-01-31T12:00"])
