@@ -100,7 +100,7 @@ def check_pixels(source: Input, width_px: int, height_px: int, limits: Limits) -
     if width_px * height_px > limits.max_pixels:
         raise LimitExceeded(
             f"{source.path} is {width_px:,} x {height_px:,} px ({_pixels(width_px * height_px)}); "
-            f"the limit is {_pixels(limits.max_pixels)} (MAX_PIXELS)"
+            f"the limit is {_pixels(limits.max_pixels)} (MAX_PIXELS): give a smaller one, or raise it"
         )
 
 

@@ -89,8 +89,10 @@ def raise_for_write_error(exc: OSError, path: str | Path) -> None:
     if exc.errno in _FULL:
         raise DiskFull(f"{path}: {exc.strerror} while writing; free space there, or write elsewhere") from exc
     if exc.errno in _NOT_WRITABLE:
+        in_the_way = exc.errno == errno.EEXIST  # mkdir's words for it are "File exists"
+        cause = "a file stands where its directory should be" if in_the_way else exc.strerror
         raise OutputNotWritable(
-            f"{path} can't be written: {exc.strerror}; make its directory writable for the worker, or write elsewhere"
+            f"{path} can't be written: {cause}; make its directory writable for the worker, or write elsewhere"
         ) from exc
 
 

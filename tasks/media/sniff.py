@@ -59,13 +59,15 @@ def open_input(path: str, limits: Limits) -> Iterator[Input]:
             raise InputMissing(f"{path} is empty (0 bytes); upload it again")
         if size_bytes > limits.max_input_bytes:
             raise LimitExceeded(
-                f"{path} has {size_bytes:,} bytes; the limit is {limits.max_input_bytes:,} (MAX_INPUT_BYTES)"
+                f"{path} has {size_bytes:,} bytes; the limit is {limits.max_input_bytes:,} (MAX_INPUT_BYTES): "
+                "give a smaller one, or raise it"
             )
         media_format = sniff(os.pread(fd, _HEAD_BYTES, 0), path)
         frames = _count_frames(fd, media_format, path, limits.max_frames)
         if frames > limits.max_frames:
             raise LimitExceeded(
-                f"{path} has more than {limits.max_frames:,} frames; the limit is {limits.max_frames:,} (MAX_FRAMES)"
+                f"{path} has more than {limits.max_frames:,} frames; the limit is {limits.max_frames:,} (MAX_FRAMES): "
+                "give a shorter one, or raise it"
             )
         yield Input(path, fd, media_format, size_bytes, frames)
     finally:

@@ -105,6 +105,13 @@ def test_a_file_in_place_of_a_directory_is_reported_with_path_and_remedy(tmp_pat
         assert str(path) in str(refused.value)
 
 
+def test_a_file_in_place_of_its_very_directory_is_said_to_be_one(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    in_the_way = r"file/out\.bin can't be written: a file stands where its directory should be; "
+    with pytest.raises(OutputNotWritable, match=in_the_way), atomic_outputs([str(tmp_path / "file" / "out.bin")]):
+        pytest.fail("the block must not run")
+
+
 def test_a_directory_in_place_of_the_output_is_reported_before_any_work(tmp_path):
     with pytest.raises(OutputNotWritable, match="Is a directory"), atomic_outputs([str(tmp_path)]):
         pytest.fail("the block must not run")
