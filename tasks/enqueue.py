@@ -35,6 +35,10 @@ _NOT_KEPT: Final = (
 _OWN_HEADERS: Final = ("publication", "expires")
 
 
+class BrokerAway(OperationalError):
+    """The broker does not answer; the message names it, without its password."""
+
+
 def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
     """Write the row, then publish its message, or leave that to a dispatcher.
 
@@ -187,7 +191,7 @@ def _publish(
         if is_patient:
             app.patiently(lambda: app.store.rest(task_id, publication.number))
             return
-        error = _explained(app, exc)
+        error = explained(exc, app.settings.broker_url)
         job = NewJob(job_id=task_id, task_type=name, queue=name, parameters={})
         app.store.end(job, Status.FAILED, describe(error), publication=publication.number)
         if error is exc:
@@ -195,16 +199,15 @@ def _publish(
         raise error from exc
 
 
-def _explained(app: Any, exc: Exception) -> Exception:
+def explained(exc: Exception, broker_url: str) -> Exception:
     """The error of a broker on another machine with its address and what helps; the embedded one's says both itself."""
-    if not isinstance(exc, OperationalError) or isinstance(exc, BrokerError):
+    if not isinstance(exc, OperationalError) or isinstance(exc, (BrokerError, BrokerAway)):
         return exc
-    urls = ";".join(maybe_sanitize_url(url) for url in app.settings.broker_url.split(";"))
-    error: Exception = OperationalError(
-        f"the broker does not answer at {urls} ({exc}); start it, or set CELERY_BROKER_URL to one that runs, and "
-        "submit again (with ENQUEUE=outbox a job waits for its broker)"
+    urls = ";".join(maybe_sanitize_url(url) for url in broker_url.split(";"))
+    return BrokerAway(
+        f"the broker does not answer at {urls} ({exc}); start it, or set CELERY_BROKER_URL to one that runs "
+        "(with ENQUEUE=outbox jobs wait for it)"
     )
-    return error
 
 
 def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:

@@ -95,7 +95,9 @@ def _message(exc: Exception) -> str | None:
     from kombu.exceptions import OperationalError as BrokerError
     from sqlalchemy.exc import DBAPIError
 
+    from tasks.enqueue import explained
     from tasks.errors import MediaTasksError
+    from tasks.settings import settings
 
     if isinstance(exc, MediaTasksError):
         return str(exc)
@@ -104,8 +106,7 @@ def _message(exc: Exception) -> str | None:
     if isinstance(exc, sqlite3.Error):
         return f"the job database does not answer: {_first_line(exc)}"
     if isinstance(exc, BrokerError):
-        text = _first_line(exc)
-        return text if text.startswith("the broker does not answer") else f"the broker does not answer: {text}"
+        return _first_line(explained(exc, settings().broker_url))
     return None
 
 

@@ -88,13 +88,15 @@ def test_a_server_directory_that_cannot_be_made_is_named_in_one_line(celery, tmp
     assert "CL_SERVER_DIR" in done.error
 
 
-def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, tmp_path):
-    env = {"CELERY_BROKER_URL": "redis://:hunter2@127.0.0.1:1/0"}
+@pytest.mark.parametrize("way", ["strict", "broker"])
+def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, way):
+    env = {"CELERY_BROKER_URL": "redis://:hunter2@127.0.0.1:1/0", "ENQUEUE": way}
 
     done = celery("submit", "image_resize", "a.jpg", "b.webp", "--width", 80, env=env)
 
     assert done.returncode == 1
     assert done.error.startswith("Error: the broker does not answer at redis://:**@127.0.0.1:1/0 (")
+    assert done.error.count("does not answer") == 1
     assert "CELERY_BROKER_URL" in done.error
     assert "hunter2" not in done.stderr
 

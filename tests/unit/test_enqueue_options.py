@@ -93,11 +93,11 @@ def test_a_queue_that_is_no_text_is_refused_as_an_unknown_one(producer, add):
         add.apply_async((1, 1), queue=5)
 
 
-@pytest.mark.parametrize("value", [90, 90.5, now() + timedelta(seconds=90), "2031-01-31T12:00:00Z", "2031-01-31T12:00"])
+@pytest.mark.parametrize("value", [9e4, 90_000, now() + timedelta(days=1), "2031-01-31T12:00:00Z", "2031-01-31T12:00"])
 def test_what_celery_takes_for_an_expiry_is_taken(producer, add, value):
     job = add.apply_async((1, 1), expires=value)
 
-    assert producer.row(job)["expires_at"] > now() + timedelta(seconds=80)
+    assert producer.row(job)["expires_at"] > now() + timedelta(hours=1)
 
 
 def test_a_step_whose_options_can_not_be_used_fails_and_not_the_job_before_it(producer, add):
