@@ -29,6 +29,8 @@ DAY_S = 86400.0
 # Redis gives a message to another worker after so long. Longer than the longest job, shorter than rows are kept.
 VISIBILITY_TIMEOUT_S = 6 * 3600
 LAST_PORT = 65535
+# With a host behind it, it still fits the columns of 255 characters.
+LONGEST_NAME = 180
 _PORT = re.compile(r"(?:\[[^]]*]|[^@:/?#;[]*):(\d+)(?=[/?#;]|$)")
 
 
@@ -118,7 +120,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         database_url=read.url("DATABASE_URL", f"sqlite:///{server_dir / 'media_store.db'}", ("sqlite", "postgresql")),
         broker_url=broker_url,
         enqueue=read.choice("ENQUEUE", "strict", ENQUEUE_WAYS),
-        worker_id=environment.get("WORKER_ID") or f"{socket.gethostname()}-{os.getpid()}",
+        worker_id=read.name("WORKER_ID") or f"{socket.gethostname()}-{os.getpid()}",
         worker_supported_tasks=read.names("WORKER_SUPPORTED_TASKS"),
         worker_poll_interval_s=read.number("WORKER_POLL_INTERVAL", 1.0, above=0, most=HOUR_S),
         lease_renew_s=lease_renew_s,
@@ -201,6 +203,12 @@ class _Reader:
             return False
         raise SettingsError(f"{name}={value!r} is neither on nor off")
 
+    def name(self, name: str) -> str:
+        value = self._environment.get(name) or ""
+        if not value.isprintable() or len(value) > LONGEST_NAME:
+            raise SettingsError(f"{name}={value!r:.60} must be printable, and {LONGEST_NAME} characters long at most")
+        return value
+
     def names(self, name: str) -> tuple[str, ...]:
         parts = (part.strip() for part in self._environment.get(name, "").split(","))
         return tuple(part for part in parts if part)
@@ -246,17 +254,20 @@ class _Reader:
 
     def strategies(self, name: str) -> dict[str, str]:
         """`image_resize=LIFO,*=PRIORITY`, or one word for all queues."""
-        strategies = {"*": "PRIORITY"}
+        given: dict[str, str] = {}
         for part in self.names(name):
             queue, separator, strategy = part.partition("=")
             if not separator:
                 queue, strategy = "*", part
-            if strategy.strip().upper() not in QUEUE_STRATEGIES:
+            queue, strategy = queue.strip(), strategy.strip().upper()
+            if not queue or strategy not in QUEUE_STRATEGIES:
                 raise SettingsError(
                     f"{name} has {part!r}; choose one of {', '.join(QUEUE_STRATEGIES)}, as in image_resize=LIFO"
                 )
-            strategies[queue.strip()] = strategy.strip().upper()
-        return strategies
+            if queue in given:
+                raise SettingsError(f"{name} names {queue} twice; name it once")
+            given[queue] = strategy
+        return {"*": "PRIORITY", **given}
 
     def _parse(self, name: str, default: T, convert: Callable[[str], T], what: str) -> T:
         text = self._environment.get(name)
