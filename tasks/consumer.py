@@ -6,12 +6,12 @@ some such messages: of one without an id, say, again and again, since it is rede
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 from celery.app.task import Context
+from celery.concurrency.asynpool import AsynPool
 from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,7 +24,6 @@ from tasks.job import Job, job_of_request
 logger = logging.getLogger(__name__)
 
 LONGEST_NAME: Final = 255
-QUEUES_FREE_WITHIN_S: Final = 3.0
 
 
 class MalformedMessage(PermanentError):
@@ -35,16 +34,22 @@ class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
     """Hands on what can be run, refuses the rest."""
 
     def on_close(self) -> None:
-        """As Celery's. Its pool runs out of queues while a child dies together with the connection, for a moment."""
-        deadline = time.monotonic() + QUEUES_FREE_WITHIN_S
-        while True:
-            try:
-                super().on_close()
-                return
-            except StopIteration:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+        """As Celery's, when the connection is lost. It ends the worker if a child dies at the same time:
+
+        - Before the event loop has run for the first time the pool can't give the queues of a dead child to a new one.
+        - A child whose pipe was seen to close before it could be waited for is watched no more, and stays in the pool:
+          then the pool can't be registered with the event loop of the next connection.
+        """
+        pool: Any = getattr(self.pool, "_pool", None)
+        is_asynchronous = isinstance(pool, AsynPool) and self.hub is not None
+        if is_asynchronous and pool.on_process_down is None:
+            self.hub.reset()  # as the loop does it, when it is the one that loses the connection
+            self.pool.register_with_event_loop(self.hub)
+        super().on_close()
+        if is_asynchronous:
+            for process in pool._pool:
+                if getattr(process, "_sentinel_poll", -1) is None:
+                    del process._sentinel_poll  # it is made anew
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """The callback of each message: looked through first, since Celery trusts what it reads."""
