@@ -1,14 +1,17 @@
-"""The arguments of a task, read from its declaration: which are paths, and what a call binds them to.
+"""What a call takes: a task's arguments, read from its declaration, and the options of `apply_async`.
 
 In: positional and keyword arguments as somebody called, or as a message brought them. Out: the same with absolute
-paths, or bound to their names, or `InvalidArguments`. Nothing is opened.
+paths, or bound to their names, and options as times in UTC; or `InvalidArguments`. Nothing is opened.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_type_hints
+
+from celery.utils.time import maybe_iso8601
 
 from tasks.errors import InvalidArguments, PathNotAllowed
 
@@ -22,6 +25,11 @@ InputPath = Annotated[str, _PATH, "input"]
 """A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
 OutputPath = Annotated[str, _PATH, "output"]
 """A file or directory to write."""
+LONGEST_S: Final = 100 * 365 * 86400
+LONGEST_NAME: Final = 255
+_SECONDS: Final = f"a number of seconds, such as 60 ({LONGEST_S:,} at most)"
+_TIME: Final = "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"
+_SIGNATURE: Final = "a signature, such as image_conversion.s('/out.png', format='png'), or a list of them"
 
 
 class Arguments:
@@ -133,3 +141,93 @@ def _path(name: str, value: Any) -> str:
     if "://" in value:
         raise InvalidArguments(f"{name}={value!r}: this release reads and writes local paths only")
     return value
+
+
+# The options of a call
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of `apply_async` that would fail the job at its worker, or have its message come back for ever.
+    The times are left to `due` and `expiry`.
+
+    Raises:
+        InvalidArguments: An option is of the wrong kind or out of its range.
+    """
+    for option, (is_usable, takes) in _USABLE.items():
+        value = options.get(option)
+        if value is not None and not is_usable(value):
+            raise refused(name, option, value, takes)
+
+
+def due(name: str, options: Mapping[str, Any]) -> datetime | None:
+    """When it may run; None for at once: whatever is due later rests in its row, not in a worker's memory."""
+    eta = options.get("eta")
+    moment = (
+        _moment(name, "eta", eta, f"{_TIME} (countdown takes seconds)")
+        if eta is not None
+        else _after(name, "countdown", options.get("countdown"), f"{_SECONDS}, from now")
+    )
+    return moment if moment is not None and moment > datetime.now(UTC) else None
+
+
+def expiry(name: str, options: Mapping[str, Any]) -> datetime | None:
+    """When it is no longer worth running."""
+    expires = options.get("expires")
+    read = _moment if isinstance(expires, (str, datetime)) else _after
+    return read(name, "expires", expires, f"{_SECONDS}, from now, or {_TIME}")
+
+
+def refused(name: str, option: str, value: Any, takes: str) -> InvalidArguments:
+    return InvalidArguments(f"{name}: {option}={value!r:.80} must be {takes}")
+
+
+def _moment(name: str, option: str, value: Any, takes: str) -> datetime:
+    """A time in UTC, from a datetime or from text; one without a zone is UTC."""
+    moment: Any = value
+    with suppress(ValueError, OverflowError):
+        moment = maybe_iso8601(value) if isinstance(value, str) else value
+    if not isinstance(moment, datetime):
+        raise refused(name, option, value, takes)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _after(name: str, option: str, value: Any, takes: str) -> datetime | None:
+    """A time in UTC, from seconds from now."""
+    if value is None:
+        return None
+    if not (_is_number(value) and -LONGEST_S <= value <= LONGEST_S):
+        raise refused(name, option, value, takes)
+    return datetime.now(UTC) + timedelta(seconds=value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_limit(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= LONGEST_S
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
+
+
+def _are_signatures(value: Any) -> bool:
+    steps = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(step, Mapping) for step in steps)
+
+
+_USABLE: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "task_id": (_is_name, f"a printable text of 1 to {LONGEST_NAME} characters"),
+    "time_limit": (_is_limit, _SECONDS),
+    "soft_time_limit": (_is_limit, _SECONDS),
+    "retries": (_is_count, "a whole number from 0"),
+    "serializer": (lambda value: value == "json", "'json', which is all that workers accept"),
+    "headers": (lambda value: isinstance(value, Mapping), "a dict"),
+    "link": (_are_signatures, _SIGNATURE),
+    "link_error": (_are_signatures, _SIGNATURE),
+}

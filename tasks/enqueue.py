@@ -17,10 +17,10 @@ from kombu.utils.url import maybe_sanitize_url
 
 from db.records import PENDING, NewJob, Publication, Status, now
 from tasks import capabilities
+from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import PRIORITIES, PRIORITY_DEFAULT, Job, follows_up
-from tasks.options import check, due, expiry, refused
 from tasks.results import describe, unsent
 
 _NOT_KEPT: Final = (
@@ -83,7 +83,7 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     Raises:
         UnknownTask, UnknownQueue, InvalidArguments: As `send`.
     """
-    check(name, options)
+    check_options(name, options)
     parent = app.current_worker_task
     request = parent.request if parent is not None else None
     if parent is None and isinstance(task, Job):
