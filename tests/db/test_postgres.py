@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from db import schema
 from db.engine import patiently
@@ -100,7 +100,8 @@ class TestErrors:
         assert "secret" not in str(error.value)
 
     def test_an_unknown_database_is_final(self, upgraded_postgres_url):
-        store = Store(open_database(upgraded_postgres_url + "_unknown"))
+        unknown = make_url(upgraded_postgres_url).set(database="unknown")
+        store = Store(open_database(unknown.render_as_string(hide_password=False)))
 
         with pytest.raises(DatabaseUnusable, match=r"refuses this user .*does not exist.*; look at DATABASE_URL"):
             patiently(store.jobs, on_wait=lambda *_: pytest.fail("it waited"))
