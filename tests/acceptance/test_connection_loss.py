@@ -1,0 +1,116 @@
+"""A pool child that dies together with the connection to the broker does not end its worker."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+from tests.acceptance.deployment import deployed
+from tests.tooling.waiting import eventually
+from tests.tooling.worker import REPOSITORY
+
+AN_UNWATCHED_CHILD = """
+from types import SimpleNamespace
+from celery.concurrency.asynpool import AsynPool
+from kombu.asynchronous import Hub
+from tasks import consumer
+
+consumer.Consumer.on_close = lambda _self: None
+hub, pool = Hub(), AsynPool(1, threads=False)
+pool.register_with_event_loop(hub)
+pool._event_process_exit(hub, pool._pool[0])  # its pipe closes before it can be waited for
+mine = consumer.MediaConsumer.__new__(consumer.MediaConsumer)
+mine.pool, mine.hub = SimpleNamespace(_pool=pool), hub
+mine.on_close()
+pool.register_with_event_loop(hub)
+print("registered", flush=True)
+pool.terminate()
+"""
+
+
+class Road:
+    """A port that leads to another one, until it is cut; then it is open again."""
+
+    def __init__(self, port):
+        self._far_port = port
+        self._ends = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self):
+        ends, self._ends = self._ends, []
+        for end in ends:
+            _shut(end)
+
+    def close(self):
+        _shut(self._server)
+        self._server.close()
+        self.cut()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                far = socket.create_connection(("127.0.0.1", self._far_port))
+                self._ends += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one, other):
+        with suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+        for end in (one, other):
+            _shut(end)
+        one.close()
+
+
+def _shut(end):
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def road(fresh_rabbitmq_url):
+    road = Road(urlsplit(fresh_rabbitmq_url).port)
+    yield road
+    road.close()
+
+
+@pytest.mark.slow
+def test_a_child_dies_and_the_connection_is_lost_before_the_worker_is_ready(
+    road, fresh_rabbitmq_url, server_dir, tmp_path
+):
+    parts = urlsplit(fresh_rabbitmq_url)
+    url = urlunsplit(parts._replace(netloc=parts.netloc.replace(str(parts.port), str(road.port))))
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": url}) as deployment:
+        worker = deployment.start_worker("-Q", "note", "--concurrency=2", ready_timeout_s=0)
+        eventually(lambda: "Connected to" in worker.log(), 30, worker.log)
+        assert " ready." not in worker.log()
+
+        os.kill(worker.child_pids()[0], signal.SIGKILL)
+        road.cut()
+
+        worker.wait_until_ready(30)
+        jobs = [deployment.task.note.delay(str(tmp_path / f"runs-{n}"), "", 1.0) for n in range(2)]
+        for job in jobs:
+            deployment.wait_for(job, "completed")
+        pids = {(tmp_path / f"runs-{n}.pid").read_text() for n in range(2)}
+        assert len(pids) == 2  # the new child works, too
+        assert worker.log().count("Connection to broker lost") == 1
+
+
+def test_a_child_that_is_watched_no_more_is_watched_on_the_next_connection():
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", AN_UNWATCHED_CHILD], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (0, "registered\n"), done.stderr
