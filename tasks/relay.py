@@ -8,28 +8,27 @@ drops what is not above the last `sequence` of a job sees each change once, in o
 How far running jobs are is told twice a second, unconfirmed.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from tasks.sinks import topics
+from tasks.sinks.events import LONGEST_RESULT_BYTES, event_of, progress_of
 
 logger = logging.getLogger(__name__)
 
 DUTY: Final = "relay"
-POLL_S: Final = 0.05
+# What is written between two looks is told at once: a look costs as much as three events.
+POLL_S: Final = 0.04
+POLL_S_WHEN_IDLE: Final = 0.07
+IDLE_AFTER_S: Final = 1.0
 IDLE_S: Final = 1.0
-LOOK_AFTER_NEWS_S: Final = 0.1
+LOOK_AT_DUTY_S: Final = 5.0
 PROGRESS_EVERY_S: Final = 0.5
-LONGEST_RESULT_BYTES: Final = 64 * 1024
-LONGEST_MESSAGE: Final = 16 * 1024
 # What was told since the last time is told again after a relay's death.
 RECORD_EVERY_S: Final = 1.0
 MOST_GAPS: Final = 500
 NOT_RISEN: Final = (0, 0.0)
-ENDS: Final = ("completed", "failed", "cancelled")
 
 
 class Sink(Protocol):
@@ -65,26 +64,35 @@ class Relay:
         self._app: Final = app
         self._sink: Final = sink
         self._has_duty: Final = has_duty
-        self._look_at_duty = self._look_at_progress = self._look_until = self._look_anyway = 0.0
-        self._record_at = 0.0
+        self._look_at_duty = self._look_at_progress = self._look_anyway = self._record_at = self._idle_at = 0.0
         self._news: object = None
+        self._looks = 0
         self._log: LogReader | None = None
         self._told: int | None = None
         self._risen: dict[str, tuple[int, float]] = {}
 
+    @property
+    def is_on_duty(self) -> bool:
+        return self._log is not None
+
     def round(self) -> float:
-        """Tell what there is to tell; seconds until the next round, unless the sink confirms before."""
+        """Tell what there is to tell; seconds from its begin to that of the next one.
+
+        A wait of IDLE_S ends when the sink has confirmed all, or opens.
+        """
         if not self._sink.is_open:
             self.leave()
             return IDLE_S
         if self._sink.unconfirmed:
-            return POLL_S
+            return IDLE_S
         if not self._keeps_duty():
             return IDLE_S
         self._record(at_once=False)
         if self._log is None:
             return IDLE_S
-        return self._tell(self._log) if self._has_news() else POLL_S
+        if self._has_news(self._log):
+            return self._tell(self._log)
+        return POLL_S if time.monotonic() < self._idle_at else POLL_S_WHEN_IDLE
 
     def leave(self) -> None:
         """Let another worker have the duty."""
@@ -102,7 +110,7 @@ class Relay:
         if not self._has_duty(DUTY):
             self._log = None
             return False
-        self._look_at_duty = time.monotonic() + IDLE_S
+        self._look_at_duty = time.monotonic() + LOOK_AT_DUTY_S
         if self._log is None:
             self._record()
             position = self._app.store.relay_position(DUTY, self._app.lease)
@@ -123,33 +131,43 @@ class Relay:
             self._log = None
         self._told = None
 
-    def _has_news(self) -> bool:
-        """Whether to look into the tables: something was committed lately, or a second has passed."""
+    def _has_news(self, log: "LogReader") -> bool:
+        """Whether to look into the tables: something was committed, may still come to be seen, or a second has passed.
+
+        After news it looks twice: what is committed just after an answer may not change the next one.
+        """
         news, at = self._app.store.news(), time.monotonic()
         if news is None or news != self._news:
-            self._news, self._look_until = news, at + LOOK_AFTER_NEWS_S
+            self._news, self._looks = news, 2
+            self._idle_at = at + IDLE_AFTER_S
         is_rising = self._risen and at >= self._look_at_progress
-        if at < self._look_until or at >= self._look_anyway or is_rising:
-            self._look_anyway = at + IDLE_S
-            return True
-        return False
+        if not (self._looks or log.has_gaps or is_rising or at >= self._look_anyway):
+            return False
+        self._looks = max(self._looks - 1, 0)
+        self._look_anyway = at + IDLE_S
+        return True
 
     def _tell(self, log: "LogReader") -> float:
-        rising: Sequence[Mapping[str, Any]] = ()
-        if time.monotonic() >= self._look_at_progress:
-            self._look_at_progress = time.monotonic() + PROGRESS_EVERY_S
-            rising = self._app.store.rising()
-            self._risen = {row["job_id"]: self._risen.get(row["job_id"], NOT_RISEN) for row in rising}
+        rising = self._rising()
         position = log.position
         rows = log.read(self._sink.window)
         self._sink.tell([event for row in rows if row["job_id"] is not None and (event := event_of(row))])
         if log.position != position:
             self._told = log.position
-        is_all = len(rows) < self._sink.window
-        if not is_all:
+        if len(rows) == self._sink.window:
             self._look_anyway = 0.0  # there is more, whether something new is committed or not
-        self._mention(rising if is_all else (), {row["job_id"]: row["sequence"] for row in rows})
-        return POLL_S if is_all else 0.0
+            return 0.0
+        self._mention(rising, {row["job_id"]: row["sequence"] for row in rows})
+        return POLL_S
+
+    def _rising(self) -> Sequence[Mapping[str, Any]]:
+        """The jobs that have said how far they are, when it is time to tell that."""
+        if time.monotonic() < self._look_at_progress:
+            return ()
+        self._look_at_progress = time.monotonic() + PROGRESS_EVERY_S
+        rising: Sequence[Mapping[str, Any]] = self._app.store.rising()
+        self._risen = {row["job_id"]: self._risen.get(row["job_id"], NOT_RISEN) for row in rising}
+        return rising
 
     def _mention(self, rising: Sequence[Mapping[str, Any]], sequences: Mapping[str, int]) -> None:
         """Say how far jobs are, where that has risen and nothing newer was told."""
@@ -157,7 +175,7 @@ class Relay:
             job_id, now = row["job_id"], (row["attempt"], row["progress"])
             if now > self._risen[job_id] and sequences.get(job_id, row["sequence"]) == row["sequence"]:
                 self._risen[job_id] = now
-                self._sink.mention(_progress(row))
+                self._sink.mention(progress_of(row))
 
 
 class LogReader:
@@ -175,6 +193,11 @@ class LogReader:
     @property
     def position(self) -> int:
         return min((first for first, _ in self._missing), default=self._top + 1) - 1
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether rows below the last one may come, without anything new after it."""
+        return bool(self._missing)
 
     def read(self, limit: int) -> list[Mapping[str, Any]]:
         """The next rows by id; rows that were missing come first."""
@@ -209,64 +232,3 @@ def _without(whole: tuple[int, int], found: Sequence[int]) -> list[tuple[int, in
                 left.append((first, number - 1))
             first = number + 1
     return [*left, (first, last)] if first <= last else left
-
-
-def event_of(row: Mapping[str, Any]) -> str | None:
-    """A log row as an event; None for one that is none."""
-    name = row["event_type"]
-    if name not in topics.EVENT_TYPES:
-        return None
-    try:
-        return topics.event(
-            topics.EVENT_TYPES[name],
-            row["job_id"],
-            _data(row),
-            status=topics.STATUS_AFTER[name],
-            progress=row["progress"] if name in ENDS and row["sequence"] == row["last_sequence"] else 0.0,
-            task_type=row["task_type"],
-            root_id=row["root_id"] or row["job_id"],
-            worker_id=row["worker_id"],
-            sequence=row["sequence"],
-            at=row["created_at"],
-        )
-    except Exception:
-        logger.exception("log row %d can't be told and is passed over", row["id"])
-        return None
-
-
-def _data(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    details = row["details"] or {}
-    match topics.EVENT_TYPES[row["event_type"]]:
-        case "completed":
-            if row["is_truncated"]:
-                return {"result": None, "is_truncated": True}
-            return {"result": row["result"] and json.loads(row["result"], parse_constant=lambda _: None)}
-        case "error":
-            return _failure(row)
-        case "retry":
-            due = {"retry_count": details.get("retry_count"), "run_after_utc": details.get("run_after_utc")}
-            return _failure(row) | due
-        case "lost":
-            return {"deaths": details.get("deaths"), "attempt": details.get("attempt")}
-    return {}
-
-
-def _failure(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Why, as the log has it: the job's row may have moved on."""
-    error_type, _, message = (row["message"] or "").partition(": ")
-    return {"error_type": error_type or None, "error_message": message[:LONGEST_MESSAGE]}
-
-
-def _progress(row: Mapping[str, Any]) -> str:
-    return topics.event(
-        "processing",
-        row["job_id"],
-        {"progress": row["progress"], "stage": row["stage"]},
-        status="running",
-        progress=row["progress"],
-        task_type=row["task_type"],
-        root_id=row["root_id"] or row["job_id"],
-        worker_id=row["claimed_by"],
-        sequence=row["sequence"],
-        at=row["updated_at"],
-    )

@@ -6,12 +6,15 @@ who could show them (`log_writers`). In SQLite writers come one after the other.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Final
 
 from sqlalchemy import RowMapping, Text, bindparam, case, cast, func, or_, select, text, update
 
-from db.models import duties, task_logs, task_queue
+from db.models import duties, task_logs, task_queue, worker_leases
+from db.records import now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part
 
@@ -42,6 +45,7 @@ _CHANGES: Final = (
     .limit(bindparam("b_limit"))
 )
 _CHANGES_AFTER: Final = _CHANGES.where(_log.id > bindparam("b_after"))
+_LAST: Final = select(func.max(_log.id))
 _RISING: Final = select(
     _job.job_id,
     _job.task_type,
@@ -82,6 +86,13 @@ class Relaying(Part):
         with self._changing() as connection:
             return connection.execute(moved).rowcount == 1
 
+    def silent_holder(self, duty: str, silent_s: float) -> str | None:
+        """The lease that holds a duty, if it was not renewed for so long; it may live nevertheless."""
+        holder = select(duties.c.holder).join(worker_leases, worker_leases.c.lease == duties.c.holder)
+        is_silent = worker_leases.c.renewed_at < now() - timedelta(seconds=silent_s)
+        with self._reading() as connection:
+            return connection.scalar(holder.where(duties.c.name == duty, is_silent))
+
     def changes(
         self, after: int, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int
     ) -> list[RowMapping]:
@@ -97,19 +108,34 @@ class Relaying(Part):
         return self._rows(_CHANGES.where(or_(_log.id > after, *ranges)), bound)
 
     def news(self) -> object:
-        """What differs from the last answer if something was committed since, at the price of a look at a file.
+        """What differs from the last answer if log rows were committed since.
 
-        Commits within a few milliseconds of an answer may not show: look again after a change. None where it can't be
-        told.
+        In SQLite that is a look at a file, which changes with every commit; one within a few milliseconds of an answer
+        may not show: look again after a change. In PostgreSQL it is the last id that can be seen: the numbers of
+        progress, and rows that come late, do not change it. There is no LISTEN for it, since a NOTIFY in each
+        transaction would let them commit only one after the other. None where it can't be told.
         """
         path = self.database.path
         if path is None:
-            return None
+            with self._reading() as connection:
+                return connection.scalar(_LAST) or 0
         try:
-            status = os.stat(f"{path}-wal")  # noqa: PTH116 (called twenty times a second)
+            status = os.stat(f"{path}-wal")  # noqa: PTH116 (called many times a second)
         except OSError:
             return None
         return status.st_mtime_ns, status.st_size, status.st_ino
+
+    @contextmanager
+    def kept_connection(self) -> Iterator[None]:
+        """Let this thread do all that it does in the block on one connection, instead of one of the pool each time.
+
+        That is most of what a small read from PostgreSQL costs. SQLite has one connection, and a lock around each use.
+        """
+        if self.database.is_sqlite:
+            yield
+            return
+        with self._reading():
+            yield
 
     def log_writers(self) -> frozenset[str]:
         """The transactions that may have written log rows which can't be seen yet."""

@@ -61,10 +61,10 @@ def replay_events(app: Any, job_id: str | None, since: datetime | None, is_json:
 
 
 def _events(rows: Iterator[Mapping[str, Any]]) -> Iterator[str]:
-    from tasks import relay
+    from tasks.sinks.events import event_of
 
     for row in rows:
-        if row["job_id"] is not None and (event := relay.event_of(row)) is not None:
+        if row["job_id"] is not None and (event := event_of(row)) is not None:
             yield event
 
 
@@ -103,7 +103,7 @@ def _last_before(app: Any, at: datetime) -> int:
 def _changes(
     app: Any, after: int, ids: Sequence[tuple[int, int]] = (), *, limit: int = PAGE
 ) -> Sequence[Mapping[str, Any]]:
-    from tasks.relay import LONGEST_RESULT_BYTES
+    from tasks.sinks.events import LONGEST_RESULT_BYTES
 
     rows: Sequence[Mapping[str, Any]] = app.store.changes(after, ids, limit=limit, result_bytes=LONGEST_RESULT_BYTES)
     return rows

@@ -105,6 +105,8 @@ class MqttSink:
             return
         for event in events:
             self._last_told = self._told.add(self._client.publish(self._settings.mqtt_topic, event, qos=1))
+        if not self._told.count():
+            self._wake()  # the last one was confirmed before its number was known here
 
     def mention(self, event: str) -> None:
         if self._client is not None and self._is_open:

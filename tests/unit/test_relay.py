@@ -266,3 +266,47 @@ class TestProgress:
         go(relay, sink)
 
         assert [event["progress"] for event in sink.mentioned] == [50]
+
+
+class TestNews:
+    def looks(self, relay, store, monkeypatch):
+        """In how many of the next rounds it looks into the log, one second of them."""
+        looks = []
+        changes = store.changes
+        monkeypatch.setattr(store, "changes", lambda *args, **kwargs: looks.append(1) or changes(*args, **kwargs))
+        for _ in range(10):
+            relay.round()
+        monkeypatch.undo()
+        return len(looks)
+
+    def test_nothing_is_read_while_nothing_is_written(self, relay, store, sink, monkeypatch):
+        go(relay, sink)
+
+        assert self.looks(relay, store, monkeypatch) == 0
+
+    def test_after_a_commit_it_looks_twice(self, relay, store, sink, monkeypatch):
+        go(relay, sink)
+        relay._record_at = float("inf")  # else its own commit is news, too
+        store.log_worker("w", "started", "no event, so nothing has to be confirmed")
+
+        assert self.looks(relay, store, monkeypatch) == 2
+
+    def test_it_looks_once_a_second_all_the_same(self, relay, store, sink, monkeypatch):
+        go(relay, sink)
+        relay._look_anyway = 0.0
+
+        assert self.looks(relay, store, monkeypatch) == 1
+
+    def test_an_idle_one_goes_round_less_often(self, relay, store, sink):
+        enqueue(store, "a")
+        go(relay, sink)
+        busy = relay.round()
+        relay._idle_at = 0.0
+
+        assert busy < relay.round() < 0.1
+
+
+def test_a_holder_is_silent_when_its_lease_was_not_renewed(relay, store, producer):
+    assert store.silent_holder("relay", 60) is None
+    assert store.silent_holder("relay", -60) == producer.app.lease
+    assert store.silent_holder("another duty", -60) is None

@@ -118,3 +118,22 @@ def test_ranges_are_split_by_what_is_found():
     assert _without((1, 3), [1, 2, 3]) == []
     assert _without((5, 6), [1, 9]) == [(5, 6)]
     assert _without((1, 2), []) == [(1, 2)]
+
+
+def test_news_are_rows_that_can_be_seen(store, another):
+    before = store.news()
+    with another.database.transaction():
+        enqueue(another, "a")
+        assert store.news() == before
+    assert store.news() != before
+
+
+def test_a_kept_connection_is_one_connection(store):
+    def session():
+        with store.database.reading() as connection:
+            return connection.exec_driver_sql("SELECT pg_backend_pid()").scalar(), id(connection)
+
+    with store.kept_connection():
+        assert session() == session()
+        enqueue(store, "a")
+    assert session()[0]

@@ -1,0 +1,76 @@
+"""Rows of the job tables as events. In: a log row, or the row of a running job. Out: JSON text."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tasks.sinks import topics
+
+logger = logging.getLogger(__name__)
+
+LONGEST_RESULT_BYTES: Final = 64 * 1024
+LONGEST_MESSAGE: Final = 16 * 1024
+ENDS: Final = ("completed", "failed", "cancelled")
+
+
+def event_of(row: Mapping[str, Any]) -> str | None:
+    """A log row as an event; None for one that is none."""
+    name = row["event_type"]
+    if name not in topics.EVENT_TYPES:
+        return None
+    try:
+        return topics.event(
+            topics.EVENT_TYPES[name],
+            row["job_id"],
+            _data(row),
+            status=topics.STATUS_AFTER[name],
+            progress=row["progress"] if name in ENDS and row["sequence"] == row["last_sequence"] else 0.0,
+            task_type=row["task_type"],
+            root_id=row["root_id"] or row["job_id"],
+            worker_id=row["worker_id"],
+            sequence=row["sequence"],
+            at=row["created_at"],
+        )
+    except Exception:
+        logger.exception("log row %d can't be told and is passed over", row["id"])
+        return None
+
+
+def _data(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    details = row["details"] or {}
+    match topics.EVENT_TYPES[row["event_type"]]:
+        case "completed":
+            if row["is_truncated"]:
+                return {"result": None, "is_truncated": True}
+            return {"result": row["result"] and json.loads(row["result"], parse_constant=lambda _: None)}
+        case "error":
+            return _failure(row)
+        case "retry":
+            due = {"retry_count": details.get("retry_count"), "run_after_utc": details.get("run_after_utc")}
+            return _failure(row) | due
+        case "lost":
+            return {"deaths": details.get("deaths"), "attempt": details.get("attempt")}
+    return {}
+
+
+def _failure(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Why, as the log has it: the job's row may have moved on."""
+    error_type, _, message = (row["message"] or "").partition(": ")
+    return {"error_type": error_type or None, "error_message": message[:LONGEST_MESSAGE]}
+
+
+def progress_of(row: Mapping[str, Any]) -> str:
+    """How far a running job is."""
+    return topics.event(
+        "processing",
+        row["job_id"],
+        {"progress": row["progress"], "stage": row["stage"]},
+        status="running",
+        progress=row["progress"],
+        task_type=row["task_type"],
+        root_id=row["root_id"] or row["job_id"],
+        worker_id=row["claimed_by"],
+        sequence=row["sequence"],
+        at=row["updated_at"],
+    )
