@@ -154,6 +154,7 @@ class MediaTasks(Celery):
 
     def _prepare(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """What a job without a row needs: its queue, its priority as the broker has it, and absolute paths."""
+        from tasks.arguments import check_options, due, expiry
         from tasks.errors import InvalidArguments
 
         if options.get("unique_key") is not None or options.get("unique_for") is not None:
@@ -164,6 +165,8 @@ class MediaTasks(Celery):
         if (task := self.tasks.get(name)) is not None and self.current_worker_task is None:
             args, kwargs = task.arguments.absolute(args or (), kwargs or {})
             if self.settings.mirror:
+                for check in (check_options, due, expiry):
+                    check(name, options)
                 task.checked(args, kwargs)
         return args, kwargs
 

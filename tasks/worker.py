@@ -63,6 +63,7 @@ class MediaWorker(Worker):
         asked = [str(name) for name in include or self.app.settings.worker_supported_tasks]
         source = "-Q" if include else "WORKER_SUPPORTED_TASKS"
         try:
+            capabilities.check_strategies(self.app)
             served = self._asked(asked, source) if asked else self._available()
         except SettingsError as exc:
             raise click.UsageError(str(exc)) from exc

@@ -19,12 +19,11 @@ GET = {"timeout": 20}
 
 @pytest.fixture(scope="module")
 def deployment(request, module_server_dir, tmp_path_factory):
-    """As for all modules, and with roots: outside of them nothing is read or written."""
+    """As for all modules, and with a worker that has roots, unlike the producer: outside nothing is read or written."""
     roots = os.pathsep.join([str(tmp_path_factory.getbasetemp()), "/dev"])
-    env = {"MEDIA_ROOTS": roots}
-    with deployed(module_server_dir, tmp_path_factory.mktemp("deployment"), env) as deployment:
+    with deployed(module_server_dir, tmp_path_factory.mktemp("deployment")) as deployment:
         request.node.stash[DEPLOYMENT] = deployment
-        deployment.start_worker("--concurrency=1")
+        deployment.start_worker("--concurrency=1", env={"MEDIA_ROOTS": roots})
         yield deployment
 
 

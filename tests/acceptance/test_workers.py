@@ -47,6 +47,12 @@ def test_an_unknown_capability_is_refused_with_the_nearest_known_one(deployment)
     assert said == "Error: -Q: no capability is called image_reszie; did you mean image_resize?"
 
 
+def test_a_claim_order_of_a_misspelt_queue_is_refused(deployment):
+    said = refused(deployment, QUEUE_STRATEGY="image_reszie=LIFO")
+
+    assert said == "Error: QUEUE_STRATEGY: no queue is called image_reszie; did you mean image_resize?"
+
+
 def test_an_unknown_supported_task_is_refused_too(deployment):
     said = refused(deployment, WORKER_SUPPORTED_TASKS="image_resize,image_konversion")
 

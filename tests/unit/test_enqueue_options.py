@@ -158,6 +158,13 @@ def test_without_a_database_only_the_message_is_sent_and_its_row_appears_at_the_
     assert databaseless.row(job)["status"] == "completed"
 
 
+def test_without_a_database_options_are_checked_too(databaseless):
+    with pytest.raises(InvalidArguments, match="add: countdown='x' must be a number of seconds"):
+        databaseless.task.add.apply_async((1, 2), countdown="x")
+
+    assert messages(databaseless, "add") == []
+
+
 @pytest.mark.parametrize(
     "read",
     [
