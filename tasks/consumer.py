@@ -19,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from db.records import Status, now
 from tasks import capabilities
 from tasks.errors import PermanentError, UnknownTask
-from tasks.job import Job, job_of_request
+from tasks.job import Job
+from tasks.rows import job_of_request
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from db.records import Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
-from tasks.results import request_of_row
+from tasks.rows import request_of_row
 
 LONGEST_PAUSE_S: Final = 10 * 365 * 86400.0
 

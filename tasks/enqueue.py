@@ -20,8 +20,8 @@ from tasks import capabilities
 from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
-from tasks.job import PRIORITIES, PRIORITY_DEFAULT, Job, follows_up
-from tasks.results import describe, unsent
+from tasks.job import Job, follows_up
+from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, unsent
 
 _NOT_KEPT: Final = (
     "producer",

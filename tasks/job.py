@@ -11,25 +11,22 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Final
 
 from celery import Task
 from celery.canvas import Signature
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from celery.utils.time import maybe_iso8601
 
-from db.records import PENDING, Claim, Decision, NewJob
+from db.records import Claim, Decision
 from tasks import remedy
 from tasks.arguments import Arguments, named
-from tasks.errors import AttemptLost, InvalidArguments, JobTimeout, MediaTasksError, OutOfMemory, WorkerLost
+from tasks.errors import AttemptLost, JobTimeout, MediaTasksError, OutOfMemory, WorkerLost
 from tasks.leftovers import remove_temp_files
+from tasks.rows import job_of_request, parameters_of
 
 logger = logging.getLogger(__name__)
 
-PRIORITY_DEFAULT: Final = 5
-PRIORITIES: Final = range(1, 11)
 _UNSAFE: Final = re.compile(r"[^\w.-]")
 PROGRESS_INTERVAL_S: Final = 0.5
 # Redis hands a message to anyone once its visibility timeout is over, whether its holder lives or not.
@@ -145,7 +142,7 @@ class Job(Task):
     def _limits(self) -> tuple[float | None, float | None]:
         """Those in force now: the message's own, else the task's."""
         hard, soft = self.request.timelimit or (None, None)
-        own = self.limits(_parameters(self, self.request.args or (), self.request.kwargs or {}))
+        own = self.limits(parameters_of(self, self.request.args or (), self.request.kwargs or {}))
         return soft or own[0], hard or own[1]
 
     def timeout_message(self, kind: str, limit_s: float | None) -> str:
@@ -224,76 +221,6 @@ class Job(Task):
             held = f" by {claim.holder}" if claim.holder else ""
             logger.info("%s[%s] not run: %s%s", self.name, request.id, claim.decision.value, held)
             raise Ignore(claim.decision.value)
-
-
-def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
-    """The row of a message that has none: what can be told from the message itself, enough to publish it again."""
-    delivery = request.delivery_info or {}
-    name = getattr(task, "name", None) or getattr(request, "task", None) or "unknown"
-    queue = delivery.get("routing_key") or name
-    options = {
-        "queue": queue,
-        "task_id": request.id,
-        "root_id": request.root_id,
-        "parent_id": request.parent_id,
-        "group_id": request.group,
-        "group_index": request.group_index,
-        "chord": request.chord,
-        "chain": request.chain,
-        "link": request.callbacks,
-        "link_error": request.errbacks,
-        "reply_to": request.reply_to,
-        "ignore_result": request.ignore_result,
-    }
-    limits = request.timelimit or (None, None)
-    options |= {"time_limit": limits[0], "soft_time_limit": limits[1]}
-    return NewJob(
-        job_id=request.id,
-        task_type=name,
-        queue=queue,
-        parameters=_parameters(task, args, kwargs),
-        priority=_priority(task, delivery.get("priority")),
-        max_retries=getattr(task, "max_retries", None),
-        retry_count=request.retries or 0,
-        expires_at=_moment(request.expires),
-        root_id=request.root_id,
-        parent_id=request.parent_id,
-        group_id=request.group,
-        group_index=request.group_index,
-        in_chord=bool(request.chord),
-        sequel=PENDING if request.chord or request.chain or request.errbacks else None,
-        message={
-            "args": list(args),
-            "kwargs": dict(kwargs),
-            "options": {name: value for name, value in options.items() if value is not None},
-        },
-    )
-
-
-def _priority(task: Any, on_the_wire: Any) -> int:
-    """The row's priority of a message; 5 if it has none that a row can have."""
-    app = getattr(task, "app", None)
-    if not isinstance(on_the_wire, int) or app is None:
-        return PRIORITY_DEFAULT
-    priority = app.wire_priority(on_the_wire)  # its own inverse
-    return priority if priority in PRIORITIES else PRIORITY_DEFAULT
-
-
-def _moment(value: Any) -> datetime | None:
-    """A header's time, if it is one."""
-    with suppress(ValueError, TypeError):
-        moment = maybe_iso8601(value) if isinstance(value, str) else value
-        if isinstance(moment, datetime):
-            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return None
-
-
-def _parameters(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by name, or as they came, if they don't fit."""
-    if isinstance(task, Job):
-        with suppress(InvalidArguments):
-            return named(task.arguments.bind(args, kwargs))
-    return {"args": list(args), **kwargs}
 
 
 def token_of(job_id: str, attempt: int | str) -> str:

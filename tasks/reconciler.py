@@ -18,7 +18,7 @@ from tasks import outgoing
 from tasks.broker.ledger import Ledger, ledger_of
 from tasks.job import poisoned, token_of
 from tasks.leftovers import remove_temp_files_of_row
-from tasks.results import request_of_row
+from tasks.rows import request_of_row
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
 from tasks.job import Job, poisoned, token_of
 from tasks.leftovers import remove_temp_files
-from tasks.results import describe
+from tasks.rows import describe
 
 logger = logging.getLogger(__name__)
 

@@ -5,37 +5,24 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from traceback import format_exception
+from contextlib import contextmanager
 from typing import Any, Final
 
 from celery import states
-from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
-from celery.utils.functional import maybe_list
 
-from db.records import Failure, NewJob, Status
-from tasks.errors import PermanentError, ResultsNotRead
-from tasks.job import follows_up, job_of_request
+from db.records import NewJob, Status
+from tasks.errors import ResultsNotRead
+from tasks.job import follows_up
+from tasks.rows import describe, exception_of, job_of_request, meta_of, request_of_row, unsent
 
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.05
-MESSAGE_LIMIT: Final = 4000
-
-_STATES: Final = {
-    Status.QUEUED: states.PENDING,
-    Status.CLAIMED: states.RECEIVED,
-    Status.RUNNING: states.STARTED,
-    Status.COMPLETED: states.SUCCESS,
-    Status.FAILED: states.FAILURE,
-    Status.CANCELLED: states.REVOKED,
-}
 
 
 class JobBackend(BaseBackend):
@@ -113,7 +100,7 @@ class JobBackend(BaseBackend):
             self.on_chord_part_return(request, states.SUCCESS, None, is_again=True)
         else:
             is_failed = row["status"] == Status.FAILED
-            state, exc = states.FAILURE if is_failed else states.REVOKED, _exception(row)
+            state, exc = states.FAILURE if is_failed else states.REVOKED, exception_of(row)
             chord_of_it, request.chord = request.chord, None
             with _following_up():
                 super().mark_as_failure(
@@ -171,7 +158,7 @@ class JobBackend(BaseBackend):
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
         self._require_database()
-        return _meta(task_id, self.app.store.job(task_id))
+        return meta_of(task_id, self.app.store.job(task_id))
 
     def wait_for(
         self,
@@ -211,7 +198,7 @@ class JobBackend(BaseBackend):
             for row in self.app.store.jobs_by_id(sorted(missing)):
                 if not Status(row["status"]).is_terminal:
                     continue
-                meta = _meta(row["job_id"], row)
+                meta = meta_of(row["job_id"], row)
                 if on_message is not None:
                     on_message(meta)
                 missing.discard(row["job_id"])
@@ -275,7 +262,7 @@ class JobBackend(BaseBackend):
         # Any member may be the one that notices: the reason is that of the one which failed.
         if (failed := self.app.patiently(lambda: self.app.store.failed_member(request.group))) is not None:
             error = ChordError(f"member {failed['job_id']} of the chord {failed['status']}: {failed['error_message']}")
-            error.__cause__ = _exception(failed)
+            error.__cause__ = exception_of(failed)
         else:
             error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
         for task_id, signature in _results_of(body, self.app):
@@ -298,34 +285,6 @@ def _following_up() -> Iterator[None]:
         yield
     finally:
         follows_up.reset(token)
-
-
-def unsent(name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Context:
-    """A request in the place of one that was never sent, so that what follows from its failure can be told."""
-    return Context(
-        id=options["task_id"],
-        task=name,
-        args=args,
-        kwargs=kwargs,
-        root_id=options.get("root_id"),
-        parent_id=options.get("parent_id"),
-        group=options.get("group_id"),
-        group_index=options.get("group_index"),
-        chord=options.get("chord"),
-        chain=options.get("chain"),
-        errbacks=maybe_list(options.get("link_error")),
-        delivery_info={"routing_key": options.get("queue") or name},
-        is_unsent=True,
-    )
-
-
-def request_of_row(row: Mapping[str, Any]) -> Context:
-    """The request of a job, from what its row keeps to publish it again."""
-    message = row["message"] or {"args": [], "kwargs": row["parameters"], "options": {}}
-    options = {**message["options"], "task_id": row["job_id"], "queue": row["queue"]}
-    request = unsent(row["task_type"], message["args"], message["kwargs"], options)
-    request.retries = row["retry_count"]
-    return request
 
 
 def _results_of(signature: Any, app: Any) -> Iterator[tuple[str, Any]]:
@@ -354,60 +313,6 @@ def _job(app: Any, task_id: str, request: Any) -> NewJob:
 
 def _attempt(request: Any) -> int | None:
     return request.get("attempt") if request else None
-
-
-def describe(exc: Any, traceback: Any = None) -> Failure:
-    """What the row says of an error: its type, its message (the log keeps a bug's traceback), never a secret."""
-    if not isinstance(exc, BaseException):
-        return Failure(error_type="Exception", error_message=str(exc)[:MESSAGE_LIMIT], error_module="builtins")
-    details = None
-    if not isinstance(exc, (PermanentError, TaskRevokedError, ChordError)):
-        text = traceback if isinstance(traceback, str) else "".join(format_exception(exc))
-        details = {"traceback": text[-MESSAGE_LIMIT:]}
-    return Failure(
-        error_type=type(exc).__name__,
-        error_message=str(exc)[:MESSAGE_LIMIT],
-        error_module=type(exc).__module__,
-        details=details,
-    )
-
-
-def _meta(task_id: str, row: Any) -> dict[str, Any]:
-    """Celery's task meta of a row; PENDING for a job that is not known."""
-    meta: dict[str, Any] = {
-        "task_id": task_id,
-        "status": states.PENDING,
-        "result": None,
-        "traceback": None,
-        "children": [],
-    }
-    if row is None:
-        return meta
-    status = Status(row["status"])
-    meta |= {"status": _STATES[status], "name": row["task_type"], "date_done": row["completed_at"]}
-    if status is Status.QUEUED and row["retry_count"]:
-        meta["status"] = states.RETRY
-    if status is Status.COMPLETED:
-        meta["result"] = row["result_data"]
-    elif status in (Status.FAILED, Status.CANCELLED) or meta["status"] == states.RETRY:
-        meta["result"] = _exception(row)
-    elif status is Status.RUNNING:
-        meta["result"] = {"progress": row["progress"], "stage": row["stage"]}
-    return meta
-
-
-def _exception(row: Any) -> BaseException:
-    """The error of a row as an exception of its own type, where that is known here and takes one message."""
-    error: Exception
-    if row["error_type"] == "TaskRevokedError":
-        error = TaskRevokedError(row["error_message"])
-        return error
-    cls = getattr(sys.modules.get(row["error_module"] or ""), row["error_type"] or "", None)
-    if isinstance(cls, type) and issubclass(cls, Exception):
-        with suppress(TypeError):
-            error = cls(row["error_message"])
-            return error
-    return RuntimeError(f"{row['error_type']}: {row['error_message']}")
 
 
 def _polls(timeout_s: float | None, on_interval: Callable[[], None] | None) -> Iterator[None]:

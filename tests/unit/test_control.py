@@ -8,7 +8,7 @@ from celery import chain, chord
 from db.records import Status, now
 from tasks import control
 from tasks.errors import CorruptMedia, InvalidArguments, UnknownJob, UnknownQueue
-from tasks.results import describe
+from tasks.rows import describe
 from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run
 
 

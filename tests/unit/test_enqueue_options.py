@@ -10,7 +10,7 @@ from kombu.exceptions import OperationalError
 
 from db.records import Status, now
 from tasks.errors import InvalidArguments, UnknownQueue
-from tasks.results import describe
+from tasks.rows import describe
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import change, claim, messages, new_job, publications, run
 

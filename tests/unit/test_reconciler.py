@@ -7,7 +7,7 @@ from celery import chain, chord
 
 from db.records import Status, now
 from tasks.errors import CorruptMedia
-from tasks.results import describe
+from tasks.rows import describe
 from tests.unit.jobs import (
     beat_of,
     change,

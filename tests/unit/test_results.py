@@ -9,7 +9,7 @@ from celery.result import AsyncResult, GroupResult, ResultSet
 
 from db.records import Failure, NewJob, Status
 from tasks.errors import LimitExceeded
-from tasks.results import describe
+from tasks.rows import describe
 from tests.unit.jobs import claim
 
 
