@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -283,30 +284,42 @@ class MosquittoServer:
             mine.clear_retained()
 
     def clear_retained(self) -> None:
-        """Remove every retained message under the prefix.
+        """Remove every retained message under the prefix."""
+        while topics := self.retained():
+            with self._client() as client:
+                for message in [client.publish(topic, b"", qos=1, retain=True) for topic in topics]:
+                    message.wait_for_publish(10)
 
-        The answer to an own QoS 1 message, published after the subscription, marks the end of the retained ones.
+    def retained(self) -> list[str]:
+        """The topics under the prefix that have a retained message.
+
+        An own message, published after the subscription, marks their end. All come at QoS 0: of a higher one a broker
+        keeps only so many messages for a subscriber (Mosquitto: 1000), and drops the rest.
         """
         end = f"{self.topic_prefix}/end-of-retained"
-        retained: list[str] = []
-        is_over = False
+        topics: list[str] = []
+        is_over = threading.Event()
 
         def on_message(_client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
-            nonlocal is_over
-            is_over = is_over or message.topic == end
-            if message.retain:
-                retained.append(message.topic)
+            if message.topic == end:
+                is_over.set()
+            elif message.retain:
+                topics.append(message.topic)
 
+        with self._client() as client:
+            client.on_message = on_message
+            client.on_subscribe = lambda *_: client.publish(end)
+            client.subscribe(f"{self.topic_prefix}/#")
+            assert is_over.wait(20), "the MQTT broker returns an own message"
+        return topics
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[mqtt.Client]:
         client = mqtt.Client(CallbackAPIVersion.VERSION2)
-        client.on_message = on_message
-        client.on_subscribe = lambda *_: client.publish(end, b"", qos=1)
         client.connect(self.host, self.port)
         client.loop_start()
         try:
-            client.subscribe(f"{self.topic_prefix}/#", qos=1)
-            eventually(lambda: is_over, 5, "the MQTT broker returns an own message")
-            for topic in retained:
-                client.publish(topic, b"", qos=1, retain=True).wait_for_publish(5)
+            yield client
         finally:
             client.disconnect()
             client.loop_stop()
