@@ -1,7 +1,12 @@
-"""A paho client as the settings want it: MQTT 5, credentials, TLS. It is not connected yet, and has no thread."""
+"""A paho client as the settings want it: MQTT 5, credentials, TLS. It is not connected yet, and has no thread.
 
+Only the process that makes a client uses it: children that are forked let go of what they inherit.
+"""
+
+import os
 import ssl
-from typing import TYPE_CHECKING, Any
+import weakref
+from typing import TYPE_CHECKING, Any, Final
 
 from tasks.errors import SettingsError
 from tasks.settings import Settings
@@ -30,6 +35,7 @@ def new_client(settings: Settings, client_id: str, **options: Any) -> "Client":
     if settings.mqtt_use_tls:
         client.tls_set_context(_tls(settings))
     client.reconnect_delay_set(min_delay=1, max_delay=30)
+    _clients.add(client)
     return client
 
 
@@ -46,3 +52,20 @@ def _tls(settings: Settings) -> ssl.SSLContext:
                 f"MQTT_CLIENT_CERT={settings.mqtt_client_cert!r} with MQTT_CLIENT_KEY can't be used: {exc}"
             ) from exc
     return context
+
+
+_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
+_inherited: Final[list["Client"]] = []
+
+
+def _after_fork_in_child() -> None:
+    """Close the parent's socket here without a word to the broker, and let nothing touch the client again."""
+    for client in list(_clients):
+        _inherited.append(client)
+        connection: Any = client.socket()
+        if connection is not None and connection.fileno() >= 0:
+            os.close(connection.detach())
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,16 +1,14 @@
 """One worker's connection to an MQTT broker, which is never in the way. In: its capability, events. Out: messages.
 
 No call blocks or raises for what the broker does, and nothing is kept for it while it is away, but for a window of
-events that it has not confirmed. Each outage is said once. Only a worker's main process has a connection: children let
-go of the one that they inherit. paho calls back with its own locks held, so nothing here calls paho with a lock held.
+events that it has not confirmed. Each outage is said once. Only a worker's main process has a connection. paho calls
+back with its own locks held, so nothing here calls paho with a lock held.
 """
 
 import logging
 import math
-import os
 import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from threading import Event
@@ -28,11 +26,17 @@ from tasks.sinks.client import KEEPALIVE_S, new_client
 logger = logging.getLogger(__name__)
 
 WINDOW: Final = 200
-LONGEST_WAIT_FOR_RECONNECT_S: Final = 5
+WAIT_FOR_RECONNECT_S: Final = (1, 5)
 CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
-LAST_PORT: Final = 0xFFFF
+KEEP_ALIVE_TIMEOUT: Final = 0x8D
 SESSION_TAKEN_OVER: Final = 0x8E
-TAKEN_OVER_SAID_EVERY_S: Final = 60.0
+# Some brokers (Mosquitto 2.0.11) don't say that they gave a client's name to another one: they close its connection,
+# and take the next one at once. So many times in a row are no accident.
+THROWN_OFF_AFTER: Final = 3
+SHORT_S: Final = 60.0
+# Two clients of one name would throw each other off once a second: who was thrown off waits, the second time longer.
+WAIT_WHEN_THROWN_OFF_S: Final = (5, 60)
+THROWN_OFF_FORGOTTEN_AFTER_S: Final = 600.0
 
 Shown = tuple[tuple[str, ...], int, bool]
 
@@ -52,7 +56,8 @@ class MqttSink:
         self._client: Client | None = None
         self._is_open = self._is_away = self._is_refused = False
         self._connections = 0
-        self._taken_over_said_at = -math.inf
+        self._opened_at = self._thrown_off_at = -math.inf
+        self._closed_in_a_row = 0
         self._window = WINDOW
         self._told: Final = Awaited()
         self._showing: Final = Awaited()
@@ -64,25 +69,24 @@ class MqttSink:
     def start(self) -> None:
         """Begin to connect. What makes that impossible is said, and leaves the worker without MQTT."""
         try:
-            _check_address(self._settings)
+            self._settings.mqtt_broker.encode("idna")  # it would end paho's thread, since it raises no OSError
             client = new_client(self._settings, self._worker_id)
         except SettingsError as exc:
             self._warn(str(exc))
             return
-        except (UnicodeError, OverflowError) as exc:
+        except UnicodeError as exc:
             self._warn(trouble.unreachable(self._settings, exc))
             return
         client.will_set(self._topic, b"", qos=1, retain=True)
-        client.max_inflight_messages_set(2 * WINDOW)
+        client.max_inflight_messages_set(0)  # the window bounds them; paho looks through all at each confirmation
         client.max_queued_messages_set(2 * WINDOW)
-        client.reconnect_delay_set(min_delay=1, max_delay=LONGEST_WAIT_FOR_RECONNECT_S)
+        client.reconnect_delay_set(*WAIT_FOR_RECONNECT_S)
         client.suppress_exceptions = True
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_publish
         client.connect_async(self._settings.mqtt_broker, self._settings.mqtt_port, keepalive=KEEPALIVE_S)
-        _clients.add(client)
         self._client = client
         client.loop_start()
 
@@ -147,36 +151,38 @@ class MqttSink:
 
     # What paho's thread says
 
-    def _on_connect(self, _client: Client, _data: Any, _flags: Any, code: Any, properties: Any) -> None:
+    def _on_connect(self, client: Client, _data: Any, _flags: Any, code: Any, properties: Any) -> None:
         if code.is_failure:
             self._warn(trouble.refused(self._settings, code))
             return
         if self._is_away:
             logger.info("the MQTT broker %s is back", trouble.address(self._settings))
         self._is_away = False
+        client.reconnect_delay_set(*WAIT_FOR_RECONNECT_S)
+        self._opened_at = time.monotonic()
         self._window = max(min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW) - 1), 1)
         self._connections += 1
         self._is_open = True
         self._wake()
 
     def _on_connect_fail(self, _client: Client, _data: Any) -> None:
+        self._closed_in_a_row = 0
         exc = sys.exc_info()[1]  # paho calls while it handles the error
         self._warn(trouble.unreachable(self._settings, exc if isinstance(exc, Exception) else OSError()))
 
-    def _on_disconnect(self, _client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
+    def _on_disconnect(self, client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         was_open, self._is_open = self._is_open, False
         self._ended.set()
         if not code.is_failure:
             return
-        if code.value == SESSION_TAKEN_OVER:
-            self._warn_of_namesake()
-        elif was_open:
-            self._warn(
-                f"the connection to the MQTT broker {trouble.address(self._settings)} is lost ({code}); "
-                "is what MQTT_BROKER and MQTT_PORT name still running?"
-            )
-        else:
+        if not was_open:
             self._warn(trouble.no_answer(self._settings))
+        elif code.value == KEEP_ALIVE_TIMEOUT:
+            self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
+        elif code.value == SESSION_TAKEN_OVER or self._is_thrown_off():
+            self._yield_to_namesake(client)
+        else:
+            logger.info("%s; it is opened again", trouble.lost(self._settings, code))  # what prevents that is a warning
 
     def _on_publish(self, _client: Client, _data: Any, mid: int, code: Any, _properties: Any) -> None:
         if code.is_failure and not self._is_refused:
@@ -202,13 +208,25 @@ class MqttSink:
             self._is_away = True
             logger.warning("%s; jobs run on, their events are told later", what)
 
-    def _warn_of_namesake(self) -> None:
-        """Two clients of one name throw each other off once a second: this is no outage to be said each time."""
-        if time.monotonic() - self._taken_over_said_at > TAKEN_OVER_SAID_EVERY_S:
+    def _is_thrown_off(self) -> bool:
+        """Whether a connection that the broker has closed tells of another client of this name."""
+        lived_s = time.monotonic() - self._opened_at
+        self._closed_in_a_row = 1 + (self._closed_in_a_row if lived_s < SHORT_S else 0)
+        return self._closed_in_a_row >= THROWN_OFF_AFTER or self._was_thrown_off_lately()
+
+    def _was_thrown_off_lately(self) -> bool:
+        return time.monotonic() - self._thrown_off_at < THROWN_OFF_FORGOTTEN_AFTER_S
+
+    def _yield_to_namesake(self, client: Client) -> None:
+        """Another client has this one's name, here or in another deployment: no outage, and said once."""
+        is_again = self._was_thrown_off_lately()
+        self._thrown_off_at = time.monotonic()
+        wait_s = WAIT_WHEN_THROWN_OFF_S[is_again]
+        client.reconnect_delay_set(wait_s, wait_s)
+        if not is_again:
             logger.warning(
-                "another MQTT client took the connection of WORKER_ID=%s; give each worker its own", self._worker_id
+                "another MQTT client takes the connection of WORKER_ID=%s; give each worker its own", self._worker_id
             )
-        self._taken_over_said_at = time.monotonic()
 
 
 class Awaited:
@@ -232,27 +250,3 @@ class Awaited:
         while self._confirmed:
             self._numbers.discard(self._confirmed.popleft())
         return len(self._numbers)
-
-
-def _check_address(settings: Settings) -> None:
-    """What would end paho's thread, since it is no OSError."""
-    settings.mqtt_broker.encode("idna")
-    if settings.mqtt_port > LAST_PORT:
-        raise OverflowError
-
-
-_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
-_inherited: Final[list[Client]] = []
-
-
-def _after_fork_in_child() -> None:
-    """Close the parent's socket here without a word to the broker, and let nothing touch the client again."""
-    for client in list(_clients):
-        _inherited.append(client)
-        connection: Any = client.socket()
-        if connection is not None and connection.fileno() >= 0:
-            os.close(connection.detach())
-    _clients.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

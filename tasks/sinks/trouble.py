@@ -57,6 +57,10 @@ def unreachable(settings: "Settings", exc: Exception) -> str:
     )
 
 
+def lost(settings: "Settings", code: "ReasonCode") -> str:
+    return f"the connection to the MQTT broker {address(settings)} is lost ({code})"
+
+
 def no_answer(settings: "Settings") -> str:
     """It takes the connection and says nothing, or closes it without a word."""
     listener = (

@@ -1,26 +1,26 @@
 """MQTT is never in the way: jobs run whatever the broker does, each outage is said once, and all is said after it."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import paho.mqtt.client as mqtt
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.acceptance.deployment import install_entry_point
+from tests.mqtt.road import Road
+from tests.mqtt.said import one_warning, warnings
 from tests.services import free_port
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
 
 pytestmark = pytest.mark.slow
-
-
-def warnings(worker):
-    """The lines about MQTT."""
-    return [line for line in worker.log().splitlines() if "MQTT" in line and "WARNING" in line]
 
 
 def run_jobs(deployment, count=20):
@@ -36,8 +36,7 @@ def test_a_broker_that_is_absent_at_the_start(deploy, listen, private_mosquitto,
     deployment = deploy(port)
     worker = deployment.start_worker("-Q", "add")
     run_jobs(deployment)
-    time.sleep(4)
-    (warning,) = warnings(worker)
+    warning = one_warning(worker)
     assert f"127.0.0.1:{port}" in warning
     assert "MQTT_BROKER and MQTT_PORT" in warning
     assert "Connection refused" in warning
@@ -84,7 +83,7 @@ def test_a_frozen_broker_slows_no_job_and_costs_no_memory(deploy, listen, privat
     before_s, before = run_jobs(deployment, 200), _memory_mib(worker.pid)
 
     broker.pause()
-    frozen_s = sum(run_jobs(deployment, 200) for _ in range(5)) / 5
+    frozen_s = sum(run_jobs(deployment, 200) for _ in range(3)) / 3
     eventually(lambda: any("is lost" in line for line in warnings(worker)), 20)
     last = [deployment.task.add.delay(number, 2) for number in range(300)]
     for job in last:
@@ -132,10 +131,8 @@ def test_a_broker_that_takes_the_connection_and_says_nothing(deploy, worker_id):
         worker = deployment.start_worker("-Q", "add")
 
         run_jobs(deployment)
-        eventually(lambda: warnings(worker), 15)
-        time.sleep(8)
 
-        (warning,) = warnings(worker)
+        warning = one_warning(worker, within_s=15, quiet_s=8)
         assert "does not answer" in warning
         assert "MQTT_PORT" in warning
         started = time.monotonic()
@@ -146,8 +143,8 @@ def test_a_broker_that_takes_the_connection_and_says_nothing(deploy, worker_id):
 
 def test_a_slow_broker_delays_events_and_no_job(deploy, listen, private_mosquitto, worker_id):
     broker = private_mosquitto()
-    with _slow_road(broker.port, bytes_per_s=20_000) as port:
-        deployment = deploy(port)
+    with Road(broker.port, bytes_per_s=20_000) as road:
+        deployment = deploy(road.port)
         worker = deployment.start_worker("--concurrency=2", "-Q", "add")
         listener = listen(broker.port)
         listener.wait_for_capability(worker_id, 20)
@@ -159,46 +156,93 @@ def test_a_slow_broker_delays_events_and_no_job(deploy, listen, private_mosquitt
         assert warnings(worker) == []
 
 
-class _slow_road:  # noqa: N801 (used as a function)
-    """A port that leads to another one, slowly."""
+def test_a_network_that_is_lost_without_a_word(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    with Road(broker.port) as road:
+        deployment = deploy(road.port)
+        worker = deployment.start_worker("--concurrency=2", "-Q", "add")
+        listener = listen(broker.port)
+        listener.wait_for_capability(worker_id)
+        listener.wait_for_change(deployment.task.add.delay(0, 0), "completed")
 
-    def __init__(self, port, bytes_per_s):
-        self._port, self._bytes_per_s = port, bytes_per_s
+        road.lose()
+        jobs = [deployment.task.add.delay(number, 1) for number in range(20)]
+        for job in jobs:
+            assert job.get(timeout=20)
+        listener.wait_until_gone(worker_id, 12)
+        eventually(lambda: warnings(worker), 20)
+        time.sleep(8)
+        road.mend()
 
-    def __enter__(self):
-        self._server = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self._server.getsockname()[1]
+        listener.wait_for_capability(worker_id, 20, idle_count=2)
+        for job in jobs:
+            listener.wait_for_change(job, "completed")
+            assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+        assert "MQTT_BROKER" in one_warning(worker, quiet_s=1)
 
-    def __exit__(self, *_):
-        self._server.close()
 
-    def _accept(self):
-        while True:
-            try:
-                near, _ = self._server.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection(("127.0.0.1", self._port))
-            except OSError:  # the broker has ended
-                near.close()
-                continue
-            for one, other in ((near, far), (far, near)):
-                threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+def test_a_client_that_takes_the_name_of_a_worker_starts_no_war(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
 
-    def _pass_on(self, one, other):
-        with one, other:
-            while True:
-                try:
-                    data = one.recv(2000)
-                    if not data:
-                        other.shutdown(socket.SHUT_RDWR)
-                        return
-                    other.sendall(data)
-                except OSError:
-                    return
-                time.sleep(len(data) / self._bytes_per_s)
+    with namesake(broker.port, worker_id) as thrown_off:
+        warning = one_warning(worker, within_s=20, quiet_s=10)  # it tries it once more, after five seconds
+        times = len(thrown_off)
+        time.sleep(8)
+        assert 1 <= times == len(thrown_off) <= 4
+
+    assert f"another MQTT client takes the connection of WORKER_ID={worker_id}; give each worker its own" in warning
+    run_jobs(deployment)
+
+
+@contextlib.contextmanager
+def namesake(port, client_id):
+    """Another client with this id, which comes back at once; the list has an item for each time it is thrown off."""
+    thrown_off = []
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv5)
+    client.reconnect_delay_set(1, 1)
+    client.on_disconnect = lambda *_: thrown_off.append(time.monotonic())
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    try:
+        yield thrown_off
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+def test_a_worker_comes_back_when_its_namesake_has_left(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+
+    with namesake(broker.port, worker_id):
+        listener.wait_until_gone(worker_id, 5)
+
+    listener.wait_for_capability(worker_id, 10)
+    assert warnings(worker) == []
+
+
+def test_the_events_of_a_stopped_relay_are_told_by_another_one(deploy, listener, mosquitto, worker_id):
+    deployment = deploy(mosquitto.port, LEASE_RENEW_S="0.5", LEASE_TIMEOUT_S="3")
+    first = deployment.start_worker("-Q", "total")
+    eventually(lambda: deployment.app.store.duty_holder("relay"), 10)
+    deployment.start_worker("-Q", "add", env={"WORKER_ID": f"{worker_id}-2"})
+
+    first.signal(signal.SIGSTOP)
+    while_stopped = deployment.task.add.delay(1, 2)
+    listener.wait_for_change(while_stopped, "completed", 10)
+    first.signal(signal.SIGCONT)
+
+    after = deployment.task.add.delay(3, 4)
+    listener.wait_for_change(after, "completed", 10)
+    for job in (while_stopped, after):
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("credentials", [{}, {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": "hunter2-wrong"}])
@@ -208,10 +252,8 @@ def test_a_broker_that_refuses_the_password(deploy, private_mosquitto, tmp_path,
     worker = deployment.start_worker("-Q", "add")
 
     run_jobs(deployment)
-    eventually(lambda: warnings(worker), 10)
-    time.sleep(5)
 
-    (warning,) = warnings(worker)
+    warning = one_warning(worker)
     assert "MQTT_USERNAME and MQTT_PASSWORD" in warning
     assert "Not authorized" in warning
     assert "hunter2" not in worker.log()
@@ -223,7 +265,7 @@ def test_what_cannot_be_used_leaves_the_worker_without_mqtt(deploy, tmp_path):
 
     run_jobs(deployment)
 
-    (warning,) = warnings(worker)
+    warning = one_warning(worker, quiet_s=2)
     assert f"MQTT_CA_CERT='{tmp_path / 'missing.pem'}' can't be used" in warning
     worker.terminate()
     assert worker.wait() == 0
@@ -235,10 +277,8 @@ def test_a_host_that_is_none(deploy, host):
     worker = deployment.start_worker("-Q", "add")
 
     run_jobs(deployment)
-    eventually(lambda: warnings(worker), 10)
-    time.sleep(2)
 
-    (warning,) = warnings(worker)
+    warning = one_warning(worker, quiet_s=2)
     assert f"MQTT_BROKER='{host}'" in warning
     assert "Traceback" not in worker.log()
 
@@ -251,10 +291,8 @@ def test_a_broker_that_takes_no_events_from_this_client_is_said(deploy, listen, 
     worker = deployment.start_worker("-Q", "add")
 
     run_jobs(deployment)
-    eventually(lambda: warnings(worker), 10)
-    time.sleep(1)
 
-    (warning,) = warnings(worker)
+    warning = one_warning(worker, quiet_s=2)
     assert "MQTT_TOPIC" in warning
 
 
@@ -284,7 +322,7 @@ def test_a_producer_loads_no_mqtt_code():
     assert done.stdout.strip() == "[]"
 
 
-def test_an_idle_worker_that_relays_costs_under_one_percent_of_a_cpu(deployment, listener, worker_id):
+def test_an_idle_worker_that_relays_costs_next_to_nothing(deployment, listener, worker_id):
     worker = deployment.start_worker("--concurrency=1", "-Q", "add")
     listener.wait_for_capability(worker_id)
     run_jobs(deployment, 3)
@@ -295,7 +333,7 @@ def test_an_idle_worker_that_relays_costs_under_one_percent_of_a_cpu(deployment,
     share = (_cpu_s(worker.pid) - before) / (time.monotonic() - started)
 
     print(f"an idle worker's main process takes {share:.2%} of a CPU")
-    assert share < 0.03
+    assert share < 0.03  # the figure, under one percent, is that of `make bench`: other tests may run beside this one
 
 
 def _cpu_s(pid):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.tooling.waiting import eventually
+from tests.mqtt.said import one_warning, warnings
 
 pytestmark = pytest.mark.slow
 
@@ -52,10 +52,6 @@ def knows_the_ca(certificates, *, is_client=False):
     return lambda client: client.tls_set(str(certificates / "ca.pem"), *pair)
 
 
-def warnings(worker):
-    return [line for line in worker.log().splitlines() if "MQTT" in line and "WARNING" in line]
-
-
 def test_a_password(deploy, listen, password_broker, worker_id):
     deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
     worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
@@ -69,14 +65,28 @@ def test_a_password(deploy, listen, password_broker, worker_id):
     assert PASSWORD not in worker.log()
 
 
-def test_a_password_from_a_file(deploy, listen, password_broker, worker_id, tmp_path):
+def test_name_and_password_from_files(deploy, listen, password_broker, worker_id, tmp_path):
+    (tmp_path / "name").write_text("worker\n")
     (tmp_path / "secret").write_text(f"{PASSWORD}\n")
-    deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD_FILE=str(tmp_path / "secret"))
-    worker = deployment.start_worker("-Q", "add")
+    files = {"MQTT_USERNAME_FILE": tmp_path / "name", "MQTT_PASSWORD_FILE": tmp_path / "secret"}
+    worker = deploy(password_broker.port, **files).start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
 
     listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
 
     listener.wait_for_capability(worker_id)
+    assert warnings(worker) == []
+    assert PASSWORD not in worker.log()
+
+
+@pytest.mark.parametrize("variable", ["MQTT_USERNAME_FILE", "MQTT_PASSWORD_FILE"])
+def test_a_secrets_file_that_cannot_be_read(deploy, password_broker, tmp_path, variable):
+    credentials = {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": PASSWORD, variable: tmp_path / "missing"}
+    deployment = deploy(password_broker.port, **credentials)
+    worker = deployment.start_worker("-Q", "add")
+
+    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    warning = one_warning(worker, quiet_s=1)
+    assert f"{variable}='{tmp_path / 'missing'}' can't be read: No such file or directory" in warning
     assert PASSWORD not in worker.log()
 
 
@@ -95,6 +105,24 @@ def test_tls_with_an_own_ca(deploy, listen, private_mosquitto, certificates, wor
     assert listener.wait_until_gone(worker_id, 1).at - killed_at < 1
 
 
+def test_children_that_are_forked_all_the_time_do_not_disturb_tls(
+    deploy, listen, private_mosquitto, certificates, worker_id
+):
+    broker = private_mosquitto(*tls_lines(certificates))
+    deployment = deploy(broker.port, MQTT_USE_TLS="on", MQTT_CA_CERT=str(certificates / "ca.pem"))
+    worker = deployment.start_worker("--concurrency=2", "--max-tasks-per-child=1", "-Q", "add")
+    listener = listen(broker.port, setup=knows_the_ca(certificates))
+    listener.wait_for_capability(worker_id)
+
+    jobs = [deployment.task.add.delay(number, 1) for number in range(30)]
+    for job in jobs:
+        listener.wait_for_change(job, "completed", 60)
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+
+    assert warnings(worker) == []
+    assert all(heard.text for heard in listener.of_worker(worker_id))
+
+
 @pytest.mark.parametrize("is_known_here", [True, False])
 def test_a_certificate_of_another_ca(deploy, private_mosquitto, certificates, is_known_here):
     broker = private_mosquitto(*tls_lines(certificates))
@@ -103,11 +131,7 @@ def test_a_certificate_of_another_ca(deploy, private_mosquitto, certificates, is
     worker = deployment.start_worker("-Q", "add")
 
     assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
-    eventually(lambda: warnings(worker), 10)
-    time.sleep(4)
-
-    (warning,) = warnings(worker)
-    assert "MQTT_CA_CERT" in warning
+    assert "MQTT_CA_CERT" in one_warning(worker)
 
 
 def test_tls_with_a_broker_that_has_none_and_none_with_one_that_has(deploy, private_mosquitto, certificates, worker_id):
@@ -118,12 +142,7 @@ def test_tls_with_a_broker_that_has_none_and_none_with_one_that_has(deploy, priv
     second = deployment.start_worker("-Q", "add", env={"MQTT_PORT": secret.port, "WORKER_ID": f"{worker_id}-2"})
 
     for worker in (first, second):
-        eventually(lambda worker=worker: warnings(worker), 10)
-    time.sleep(4)
-
-    for worker in (first, second):
-        (warning,) = warnings(worker)
-        assert "MQTT_USE_TLS" in warning
+        assert "MQTT_USE_TLS" in one_warning(worker)
 
 
 def test_a_client_certificate(deploy, listen, private_mosquitto, certificates, worker_id):
@@ -135,12 +154,8 @@ def test_a_client_certificate(deploy, listen, private_mosquitto, certificates, w
     listener = listen(broker.port, setup=knows_the_ca(certificates, is_client=True))
 
     listener.wait_for_capability(worker_id)
-    eventually(lambda: warnings(without), 10)
-    time.sleep(4)
-
+    assert "MQTT_CLIENT_CERT" in one_warning(without)
     assert warnings(with_it) == []
-    (warning,) = warnings(without)
-    assert "MQTT_CLIENT_CERT" in warning
     assert listener.capability(f"{worker_id}-2") is None
 
 
@@ -150,5 +165,4 @@ def test_a_client_certificate_that_cannot_be_read(deploy, certificates):
     worker = deployment.start_worker("-Q", "add")
 
     assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
-    (warning,) = warnings(worker)
-    assert "MQTT_CLIENT_CERT" in warning
+    assert "MQTT_CLIENT_CERT" in one_warning(worker, quiet_s=1)
