@@ -20,6 +20,7 @@ FIGURES = {
     "claims": "reserve and claim with a million rows queued",
     "due": "how late a retry and an ETA begin",
     "recovery": "how soon a job runs again after a kill -9, on three brokers",
+    "mqtt": "what MQTT costs the jobs, and how soon a subscriber knows",
     "imports": "starting a producer",
     "memory": "peak memory of a pool child",
 }
