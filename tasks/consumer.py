@@ -35,22 +35,27 @@ class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
     """Hands on what can be run, refuses the rest."""
 
     def on_close(self) -> None:
-        """As Celery's, when the connection is lost. It ends the worker if a child dies at the same time:
+        """As Celery's, when the connection is lost. By itself it ends or blocks a worker whose child has died, too:
 
         - Before the event loop has run for the first time the pool can't give the queues of a dead child to a new one.
         - A child whose pipe was seen to close before it could be waited for is watched no more, and stays in the pool:
           then the pool can't be registered with the event loop of the next connection.
+        - The pool goes on listening to the results of children that died in mid-job. With the next connection it
+          listens to whatever has got their file numbers: it would take a job from its own pipe, and wait for the rest.
         """
         pool: Any = getattr(self.pool, "_pool", None)
-        is_asynchronous = isinstance(pool, AsynPool) and self.hub is not None
-        if is_asynchronous and pool.on_process_down is None:
+        if not isinstance(pool, AsynPool) or self.hub is None:
+            super().on_close()
+            return
+        if pool.on_process_down is None:
             self.hub.reset()  # as the loop does it, when it is the one that loses the connection
             self.pool.register_with_event_loop(self.hub)
         super().on_close()
-        if is_asynchronous:
-            for process in pool._pool:
-                if getattr(process, "_sentinel_poll", -1) is None:
-                    del process._sentinel_poll  # it is made anew
+        for process in pool._pool:
+            if getattr(process, "_sentinel_poll", -1) is None:
+                del process._sentinel_poll  # it is made anew
+        pool._fileno_to_outq.clear()
+        pool._fileno_to_outq.update({process.outqR_fd: process for process in pool._pool})
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """The callback of each message: looked through first, since Celery trusts what it reads."""

@@ -15,22 +15,38 @@ from tests.acceptance.deployment import deployed
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
 
-AN_UNWATCHED_CHILD = """
+A_POOL = """
+import os
+import signal
 from types import SimpleNamespace
 from celery.concurrency.asynpool import AsynPool
 from kombu.asynchronous import Hub
 from tasks import consumer
 
-consumer.Consumer.on_close = lambda _self: None
+consumer.Consumer.on_close = lambda self: self.pool._pool.maintain_pool()
+spare = os.dup(0)
 hub, pool = Hub(), AsynPool(1, threads=False)
 pool.register_with_event_loop(hub)
-pool._event_process_exit(hub, pool._pool[0])  # its pipe closes before it can be waited for
 mine = consumer.MediaConsumer.__new__(consumer.MediaConsumer)
 mine.pool, mine.hub = SimpleNamespace(_pool=pool), hub
+(child,) = pool._pool
+{what_happens}
 mine.on_close()
+hub.reset()
 pool.register_with_event_loop(hub)
-print("registered", flush=True)
+heard = {{fd for fd, (call, _) in hub.readers.items() if call == pool.handle_result_event}}
+print(heard == {{child.outqR_fd for child in pool._pool}}, len(pool._pool), flush=True)
 pool.terminate()
+"""
+# Its pipe was seen to close, and it can't be waited for yet.
+A_CHILD_THAT_IS_WATCHED_NO_MORE = "pool._event_process_exit(hub, child)"
+# Its queues are destroyed, and the new ones get other file numbers.
+A_DEATH_IN_MID_JOB = """
+os.kill(child.pid, signal.SIGKILL)
+while child._is_alive():
+    pass
+os.close(spare)
+pool.on_partial_read(SimpleNamespace(_accepted=True), child)
 """
 
 
@@ -107,10 +123,13 @@ def test_a_child_dies_and_the_connection_is_lost_before_the_worker_is_ready(
         assert worker.log().count("Connection to broker lost") == 1
 
 
-def test_a_child_that_is_watched_no_more_is_watched_on_the_next_connection():
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+@pytest.mark.parametrize(
+    "what_happens", [A_CHILD_THAT_IS_WATCHED_NO_MORE, A_DEATH_IN_MID_JOB], ids=["watched no more", "death in mid-job"]
+)
+def test_the_next_connection_listens_to_the_living_children_and_to_nothing_else(what_happens):
+    script, env = A_POOL.format(what_happens=what_happens), os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", AN_UNWATCHED_CHILD], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, check=False
     )
 
-    assert (done.returncode, done.stdout) == (0, "registered\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True 1\n"), done.stderr
