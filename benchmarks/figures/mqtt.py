@@ -68,7 +68,7 @@ def _costs(options: Options, broker: PrivateMosquitto, frozen: PrivateMosquitto)
         runs["frozen"] = partial(_while_frozen, frozen, runs["frozen"])
         for run in runs.values():
             run(images[:8])
-        rates = interleaved({name: partial(run, images) for name, run in runs.items()}, options.rounds(5, 21))
+        rates = interleaved({name: partial(_rested, run, images) for name, run in runs.items()}, options.rounds(5, 21))
         with Subscriber(broker.port) as subscriber:
             for _ in range(options.rounds(2, 5)):
                 runs["up"](images)
@@ -86,14 +86,18 @@ def _resizing(options: Options, name: str, **more: str) -> Iterator[Run]:
         yield lambda images: float(producer.run(_jobs, images, fresh(outputs), SIZE_PX, True))
 
 
+def _rested(run: Run, images: list[str]) -> float:
+    """A run after a second of rest, in which the events of the one before are told."""
+    time.sleep(1)
+    return run(images)
+
+
 def _while_frozen(broker: PrivateMosquitto, run: Run, images: list[str]) -> float:
-    """A run without the broker's answer; then it gets what it missed, so that this falls into no other run."""
     broker.pause()
     try:
         return run(images)
     finally:
         broker.resume()
-        time.sleep(1)
 
 
 def _seen_one_by_one(options: Options, broker: PrivateMosquitto) -> Row:
