@@ -22,6 +22,8 @@ from tests.chaos.workload import Job
 
 # A process that is about to die may still claim, and a row may be written a moment after its time was taken.
 SLACK = timedelta(seconds=5)
+# A change is told so long after it was made at most: a relay that is stopped gives way after LEASE_TIMEOUT_S.
+TOLD_WITHIN = timedelta(seconds=20)
 # An outage of MQTT during which no job is claimed proves nothing if it is short: other blows come at the same time.
 LONG_OUTAGES_S = 20.0
 
@@ -56,6 +58,7 @@ class Audit:
     recoveries: list[Recovery] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
     claims: list[datetime] = field(default_factory=list)
+    missed: int = 0
 
     def jobs(self, jobs: Sequence[Job]) -> None:
         """Look at every job that was accepted, and at what is left of abandoned chords."""
@@ -90,14 +93,32 @@ class Audit:
                     self._find("wrong", f"a file that is no output was left: {path}")
 
     def told(self, subscriber: Subscriber) -> None:
-        """What a subscriber heard of each job must be its log, whole and in order."""
+        """What a subscriber heard of each job must be its log, whole and in order, but for its own absences."""
         for job_id in {*self._logs, *subscriber.changes}:
-            logged = [(log["sequence"], EVENT_TYPES[log["event_type"]]) for log in self._logs.get(job_id, [])]
+            logs = self._logs.get(job_id, [])
+            logged = {change_of(log): log["created_at"] for log in logs}
             heard = subscriber.changes.get(job_id, [])
-            if heard != logged:
-                unheard, untrue = sorted(set(logged) - set(heard)), sorted(set(heard) - set(logged))
+            missed = [change for change in logged if change not in heard]
+            excused = [change for change in missed if self._is_missed_by_absence(logged[change], subscriber)]
+            self.missed += len(excused)
+            unheard = [change for change in missed if change not in excused]
+            untrue = [change for change in heard if change not in logged]
+            if unheard or untrue:
                 text = f"a subscriber did not hear {unheard}, and heard {untrue} that is not in its log"
                 self.findings.append(Finding("wrong", text, job_id))
+
+    def is_told(self, subscriber: Subscriber) -> bool:
+        """Whether the subscriber has heard all that it can have heard."""
+        logs = [log for logs in self._read_logs().values() for log in logs]
+        return all(
+            change_of(log) in subscriber.changes.get(log["job_id"], [])
+            or self._is_missed_by_absence(log["created_at"], subscriber)
+            for log in logs
+        )
+
+    @staticmethod
+    def _is_missed_by_absence(at: datetime, subscriber: Subscriber) -> bool:
+        return any(left - TOLD_WITHIN <= at <= back for left, back in subscriber.absences)
 
     def outages_of_mqtt(self) -> str:
         """How many jobs were claimed while the MQTT broker was away; none in a long time is a fault."""
@@ -218,6 +239,9 @@ class Audit:
 
     @cached_property
     def _logs(self) -> dict[str, list[Any]]:
+        return self._read_logs()
+
+    def _read_logs(self) -> dict[str, list[Any]]:
         """All log rows of jobs, in order."""
         from sqlalchemy import select
 
@@ -231,6 +255,11 @@ class Audit:
 
     def _find(self, verdict: str, text: str, job: Job | None = None) -> None:
         self.findings.append(Finding(verdict, text, job.job_id if job is not None else ""))
+
+
+def change_of(log: Any) -> tuple[int, str]:
+    """A log row as a subscriber hears it."""
+    return log["sequence"], EVENT_TYPES[log["event_type"]]
 
 
 def _is_within(attempt: Attempt, spans: Iterable[tuple[datetime, datetime | None]]) -> bool:

@@ -15,7 +15,7 @@ HEARD = [(1, "queued"), (2, "processing"), (3, "processing"), (4, "completed")]
 
 def audit_of(**logs):
     rows = [
-        {"job_id": job_id, "sequence": number, "event_type": event}
+        {"job_id": job_id, "sequence": number, "event_type": event, "created_at": BEGIN}
         for job_id, events in logs.items()
         for number, event in enumerate(events, 1)
     ]
@@ -23,8 +23,8 @@ def audit_of(**logs):
     return Audit(SimpleNamespace(store=store), material=None, blows=[])
 
 
-def subscriber_of(**changes):
-    return SimpleNamespace(changes=changes)
+def subscriber_of(*absences, **changes):
+    return SimpleNamespace(changes=changes, absences=absences)
 
 
 def test_a_subscriber_that_heard_the_whole_log_is_no_finding():
@@ -54,6 +54,19 @@ def test_what_was_not_heard_or_is_not_true_is_a_finding(heard, text):
     (finding,) = audit.findings
     assert (finding.verdict, finding.job_id) == ("wrong", "b" if "b" in heard else "a")
     assert text in finding.text
+
+
+@pytest.mark.parametrize(("away_after_s", "is_excused"), [(-10, True), (15, True), (-60, False), (60, False)])
+def test_what_a_subscriber_missed_while_it_was_away_is_excused_and_counted(away_after_s, is_excused):
+    audit = audit_of(a=LOG)
+    away = BEGIN + timedelta(seconds=away_after_s)
+    subscriber = subscriber_of((away, away + timedelta(seconds=15)), a=[HEARD[0], HEARD[3]])
+
+    audit.told(subscriber)
+
+    assert audit.is_told(subscriber) == is_excused
+    assert audit.missed == (2 if is_excused else 0)
+    assert bool(audit.findings) != is_excused
 
 
 @pytest.mark.parametrize(("away_s", "claimed_after_s", "is_fault"), [(30, 5, False), (30, 40, True), (10, 40, False)])
