@@ -43,6 +43,7 @@ class PostgresPool:
             "connect_args": {name: value for name, value in _CONNECT_OPTIONS.items() if name not in url.query},
             "pool_size": pool_size,
             "isolation_level": "AUTOCOMMIT",
+            "hide_parameters": True,  # what jobs hold is never logged
             **options,
         }
         self._opening = threading.Lock()

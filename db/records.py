@@ -91,12 +91,18 @@ class Liveness(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker's lease as its row shows it."""
+    """A worker's lease as its row shows it, and when that was looked at: by one clock, the database server's."""
 
     lease: str
     worker_id: str
     host_id: str
     renewed_at: datetime
+    seen_at: datetime
+
+    @property
+    def silent_s(self) -> float:
+        """For how long it has not renewed."""
+        return (self.seen_at - self.renewed_at).total_seconds()
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,9 @@ class SqliteFile:
             raise DatabaseNotReady("DATABASE_URL names no file: several processes can't share SQLite in memory")
         self.path: Final = Path(url.database)
         self._mmap_bytes: Final = mmap_bytes
-        self._engine: Final = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
+        self._engine: Final = create_engine(
+            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True, **options
+        )  # what jobs hold is never logged
         event.listen(self._engine, "connect", self._on_connect)
         self._connection: Connection | None = None
         self._identity = (0, 0)

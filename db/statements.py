@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 
-from db.models import Document, UTCDateTime, queue_pauses, task_groups, task_logs, task_queue, worker_leases
+from db.models import Document, UTCDateTime, queue_pauses, task_groups, task_logs, task_queue
 from db.records import DUE, PENDING, Status
 
 ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
@@ -247,28 +247,21 @@ PROGRESS: Final = (
 )
 OWNS: Final = select(literal(1)).select_from(task_queue).where(of_attempt)
 JOB: Final = select(task_queue).where(of_job)
-STANDING: Final = (
-    select(
-        _job.status,
-        _job.publication,
-        _job.priority,
-        _job.attempt,
-        _job.deaths,
-        _job.claimed_by,
-        _job.created_at,
-        _job.updated_at,
-        _job.claimed_at,
-        _job.published_at,
-        _job.completed_at,
-        _job.deliveries,
-        _job.lease,
-        worker_leases.c.worker_id,
-        worker_leases.c.host_id,
-        worker_leases.c.renewed_at,
-    )
-    .select_from(task_queue.outerjoin(worker_leases, worker_leases.c.lease == _job.lease))
-    .where(of_job)
-)
+STANDING: Final = select(
+    _job.status,
+    _job.publication,
+    _job.priority,
+    _job.attempt,
+    _job.deaths,
+    _job.claimed_by,
+    _job.created_at,
+    _job.updated_at,
+    _job.claimed_at,
+    _job.published_at,
+    _job.completed_at,
+    _job.deliveries,
+    _job.lease,
+).where(of_job)
 
 of_chord = and_(_job.group_id == bindparam("b_group_id"), _job.in_chord)
 # Whether any member is still to end, or ended badly, is one step in the index, however many members there are.

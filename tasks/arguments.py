@@ -212,7 +212,8 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
+    """Whether an id or a name can stand in a row, and in a log."""
     return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
 
 
@@ -222,7 +223,7 @@ def _are_signatures(value: Any) -> bool:
 
 
 _USABLE: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "task_id": (_is_name, f"a printable text of 1 to {LONGEST_NAME} characters"),
+    "task_id": (is_name, f"a printable text of 1 to {LONGEST_NAME} characters"),
     "time_limit": (_is_limit, _SECONDS),
     "soft_time_limit": (_is_limit, _SECONDS),
     "retries": (_is_count, "a whole number from 0"),

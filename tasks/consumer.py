@@ -18,13 +18,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db.records import Status, now
 from tasks import capabilities
+from tasks.arguments import is_name
 from tasks.errors import PermanentError, UnknownTask
 from tasks.job import Job
 from tasks.rows import job_of_request
 
 logger = logging.getLogger(__name__)
 
-LONGEST_NAME: Final = 255
+_TEXTS: Final = ("root_id", "parent_id", "group")
 
 
 class MalformedMessage(PermanentError):
@@ -137,9 +138,9 @@ def fault_in(message: Any) -> str | None:
         fields, body = payload, payload
     else:
         return "it names no task"
-    for name in ("task", "id"):
+    for name in ("task", "id", *_TEXTS):
         value = fields.get(name)
-        if not (isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME):
+        if not (is_name(value) or (value is None and name in _TEXTS)):
             return f"its field {name!r} is missing or no short text"
     if isinstance(body, Mapping):
         arguments = [body.get("args", []), body.get("kwargs", {}), None]
@@ -179,14 +180,11 @@ def _request_of(message: Any) -> Context:
     if fault_in(message) is None and isinstance(payload, list):
         known |= {"args": payload[0], "kwargs": payload[1], **(payload[2] or {})}
     for name in ("id", "task"):
-        value = headers.get(name)
-        is_usable = isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
-        known[name] = value if is_usable else None
+        known[name] = headers.get(name) if is_name(headers.get(name)) else None
     known["task"] = known["task"] or "unknown"
     as_they_are = ("group_index", "retries", "timelimit", "expires", "ignore_result")
     known |= {name: headers[name] for name in as_they_are if headers.get(name) is not None}
-    texts = ("root_id", "parent_id", "group")
-    known |= {name: headers[name] for name in texts if isinstance(headers.get(name), str)}
-    if isinstance(headers.get("publication"), int):
-        known["publication"] = headers["publication"]
+    known |= {name: headers[name] for name in _TEXTS if is_name(headers.get(name))}
+    publication = headers.get("publication")
+    known["publication"] = publication if isinstance(publication, int) else 1
     return Context(known)

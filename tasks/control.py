@@ -194,8 +194,7 @@ def purge(queue: str, *, app: Any = None) -> int:
     while rows := app.store.queued_in(queue):
         before = cancelled
         for row in rows:
-            request = request_of_row(row)
-            request.publication = row["publication"]
+            request = request_of_row(row, publication=row["publication"])
             app.backend.mark_as_revoked(row["job_id"], f"the queue {queue} was purged", request=request)
         ended = app.store.jobs_by_id([row["job_id"] for row in rows])
         cancelled += sum(row["status"] == Status.CANCELLED for row in ended)
@@ -213,7 +212,9 @@ class RecordedControl(Control):  # type: ignore[misc, unused-ignore]
         is_recorded = self.app.settings.mirror and not self.app.is_without_database
         for row in self.app.store.jobs_by_id(ids) if is_recorded else ():
             if row["status"] == Status.QUEUED or (kwargs.get("terminate") and not Status(row["status"]).is_terminal):
-                self.app.backend.mark_as_revoked(row["job_id"], "revoked", request=request_of_row(row))
+                fence = None if kwargs.get("terminate") else row["publication"]
+                request = request_of_row(row, publication=fence)
+                self.app.backend.mark_as_revoked(row["job_id"], "revoked", request=request)
         return super().revoke(task_id, *args, **kwargs)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from celery.canvas import maybe_signature
+from celery.utils.functional import maybe_list
 from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
@@ -21,7 +23,7 @@ from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
-from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, unsent
+from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, parameters_of, unsent
 
 _NOT_KEPT: Final = (
     "producer",
@@ -61,7 +63,7 @@ def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -
     if current is not None and current.request.id == task_id:
         if not options.get("routing_key"):  # it replaces itself; a retry goes back to its own queue
             options["queue"] = _queue_of(app, task, name, options.get("queue"))
-        publication = _requeue(app, current.request, name, options)
+        publication = _requeue(app, current.request, name, args, kwargs, options)
     else:
         try:
             job = new_job(app, task, name, args, kwargs, options)
@@ -91,6 +93,8 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     options["queue"] = _queue_of(app, task, name, options.get("queue"))
     unique_key, unique_until = _uniqueness(name, args, kwargs, options)
     run_after_utc = due(name, options)
+    if options.get("link"):
+        options["link"] = [_with_id(step, app) for step in maybe_list(options["link"])]
     expires_at = options["expires"] = expiry(name, options)  # row and message say the same
     has_sequel = any(options.get(what) for what in ("chain", "chord", "link_error"))
     return NewJob(
@@ -115,6 +119,13 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     )
 
 
+def _with_id(step: Any, app: Any) -> Any:
+    """A callback that keeps its id: an attempt that dies between sending it and its own end sends it again."""
+    step = maybe_signature(step, app=app, clone=True)
+    step.freeze(step.options.get("task_id"))
+    return step
+
+
 def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
     """What is needed to publish the message again."""
     kept = {key: value for key, value in options.items() if key not in _NOT_KEPT and value is not None}
@@ -132,8 +143,10 @@ def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> tuple[str, Publicati
     is_told = follows_up.get() and app.current_worker_task is None  # no pool child: the dispatcher sends it
     is_resting = is_told or app.settings.enqueue == "outbox" or job.run_after_utc is not None
     if job.unique_key is not None:
-        unique: tuple[str, Publication | None] = store.enqueue_unique(job, is_resting=is_resting)
-        return unique
+        job_id, publication = store.enqueue_unique(job, is_resting=is_resting)
+        if publication is None and job_id == job.job_id:  # it is known, and may have failed, as below
+            publication = store.replay(job_id, job=job, is_resting=is_resting, only_unsent=is_patient)
+        return job_id, publication
 
     def enqueued() -> Publication | None:
         publication: Publication | None = store.enqueue(job, is_resting=is_resting) or store.replay(
@@ -144,9 +157,11 @@ def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> tuple[str, Publicati
     return job.job_id, app.patiently(enqueued) if is_patient else enqueued()
 
 
-def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> Publication | None:
+def _requeue(
+    app: Any, request: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
+) -> Publication | None:
     """A retry, or a job that replaces itself: the running attempt ends; its row, with the error, is queued under the
-    next publication.
+    next publication, and keeps what is to run then.
     """
     error = request.get("retry_error")
     result: Publication | None = app.patiently(
@@ -157,9 +172,26 @@ def _requeue(app: Any, request: Any, name: str, options: Mapping[str, Any]) -> P
             retry_count=options.get("retries") or 0,
             run_after_utc=due(name, options),
             failure=describe(error) if error is not None else None,
+            changed=_changed(app, request, name, args, kwargs, options),
         )
     )
     return result
+
+
+def _changed(
+    app: Any, request: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The columns of a row that a retry or a replacement changes: none, if it runs as before."""
+    before = (request.task, list(request.args or ()), dict(request.kwargs or {}))
+    queue = options.get("queue") or request.delivery_info.get("routing_key")
+    if before == (name, args, kwargs) and queue == request.delivery_info.get("routing_key"):
+        return {}
+    return {
+        "task_type": name,
+        "queue": queue or name,
+        "parameters": parameters_of(app.tasks.get(name), args, kwargs),
+        "message": {"args": args, "kwargs": kwargs, "options": _kept(options)},
+    }
 
 
 def _publish(

@@ -6,12 +6,12 @@ effect. Arguments are made absolute and checked where a job is submitted, and pa
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Final
 
 from celery import Task
@@ -21,13 +21,12 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from db.records import Claim, Decision
 from tasks import remedy
 from tasks.arguments import Arguments, named
-from tasks.errors import AttemptLost, JobTimeout, MediaTasksError, OutOfMemory, WorkerLost
+from tasks.errors import AttemptLost, JobTimeout, MediaTasksError, OutOfMemory, PermanentError, WorkerLost
 from tasks.leftovers import remove_temp_files
 from tasks.rows import job_of_request, parameters_of
 
 logger = logging.getLogger(__name__)
 
-_UNSAFE: Final = re.compile(r"[^\w.-]")
 PROGRESS_INTERVAL_S: Final = 0.5
 # Redis hands a message to anyone once its visibility timeout is over, whether its holder lives or not.
 _REDELIVERED_AFTER_LOSS_ONLY: Final = ("sqlite", "amqp", "pyamqp", "amqps")
@@ -82,7 +81,9 @@ class Job(Task):
             if self._owns():  # it has neither replaced itself nor lost its job: nobody else ends the row
                 self.backend.mark_as_revoked(self.request.id, f"ignored: {exc}", request=self.request)
             raise
-        except (Retry, Reject):
+        except Reject as exc:
+            raise self._rejected(exc) from exc
+        except Retry:
             raise
         except SoftTimeLimitExceeded as exc:
             error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
@@ -127,6 +128,16 @@ class Job(Task):
             return
         if not self._owns():
             raise AttemptLost(f"attempt {request.attempt} no longer owns the job; its output is dropped")
+
+    def _rejected(self, exc: Reject) -> Exception:
+        """What a body's `Reject` comes to: a job that is given back is queued again, without fault; any other fails."""
+        request, reason = self.request, f"rejected: {exc.reason}"
+        if not exc.requeue or request.is_eager:
+            return PermanentError(reason)
+        close = self.app.store.close
+        self.app.patiently(lambda: close(request.id, request.attempt, event="released", reason=reason, is_death=False))
+        given_back: Exception = Ignore("it was given back")
+        return given_back
 
     def _owns(self) -> bool:
         return bool(self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt)))
@@ -225,7 +236,7 @@ class Job(Task):
 
 def token_of(job_id: str, attempt: int | str) -> str:
     """Names the temp files of an attempt; `*` stands for all attempts."""
-    return f"{_UNSAFE.sub('_', str(job_id))}.{attempt}"
+    return f"{sha256(job_id.encode(errors='backslashreplace')).hexdigest()[:24]}.{attempt}"
 
 
 def poisoned(deaths: int, max_deaths: int) -> WorkerLost:

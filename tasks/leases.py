@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from db.records import Holder, Liveness, now
+from db.records import Holder, Liveness
 from tasks.broker.lease import Lease, is_held
 from tasks.errors import SettingsError
 
@@ -42,26 +42,31 @@ class Leases:
         self.renew()
 
     def renew(self) -> None:
-        """Say in the row that this worker lives."""
+        """Say in the row that this worker lives, and in its file that it is not to be tidied away."""
+        with suppress(OSError):
+            os.utime(self._directory / self._app.lease)
         self._app.store.renew_lease(self._app.lease, self._app.worker_id, self.host_id)
 
     def release(self) -> None:
         """Give the lease back; its row stays for as long as it holds an attempt."""
-        self._app.store.forget_lease(self._app.lease)
-        if self._mine is not None:
-            self._mine.release()
+        if self._app.store.forget_lease(self._app.lease) and self._mine is not None:
+            self._mine.release()  # else the lock goes with this process, and its file shows that it did
 
     def judge(self, holder: Holder) -> Liveness:
         """Whether a holder lives."""
-        silent_s = (now() - holder.renewed_at).total_seconds()
-        if holder.host_id == self.host_id:
-            is_alive = is_held(self._directory / holder.lease) and silent_s <= STOPPED_AFTER_S
+        timeout_s = self._app.settings.lease_timeout_s
+        path = self._directory / holder.lease
+        if holder.host_id == self.host_id and path.exists():
+            is_alive = is_held(path) and holder.silent_s <= max(STOPPED_AFTER_S, timeout_s)
             return Liveness.ALIVE if is_alive else Liveness.DEAD
-        return Liveness.UNCERTAIN if silent_s <= self._app.settings.lease_timeout_s else Liveness.DEAD
+        return Liveness.UNCERTAIN if holder.silent_s <= timeout_s else Liveness.DEAD
 
     def is_let_go(self, holder: Holder) -> bool:
-        """Whether a lock that can be seen from here is free: a proof of death, whatever the clocks say."""
-        return holder.host_id == self.host_id and not is_held(self._directory / holder.lease)
+        """Whether a lock that can be seen from here is free: a proof of death, whatever the clocks say. A file that
+        somebody has removed proves nothing: its row decides.
+        """
+        path = self._directory / holder.lease
+        return holder.host_id == self.host_id and path.exists() and not is_held(path)
 
     @property
     def host_id(self) -> str:

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from kombu.exceptions import OperationalError
 
+from tasks.rows import message_of_row
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ class Outlet:
     def send(self, row: Mapping[str, Any]) -> bool:
         """Send the message of a row; False if the broker did not take it, and the row has to rest."""
         app, expires_at = self._app, row["expires_at"]
-        message = row["message"] or {"args": [], "kwargs": row["parameters"], "options": {}}
+        message = message_of_row(row)
         options = {**message["options"], "task_id": row["job_id"], "queue": row["queue"], "retries": row["retry_count"]}
         try:
             app.publish(

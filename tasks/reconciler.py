@@ -158,8 +158,7 @@ class Reconciler:
         remove_temp_files_of_row(self._app, row, token_of(row["job_id"], row["attempt"]))
         max_deaths = self._app.settings.max_deaths
         if closed is not None and closed.deaths >= max_deaths:
-            request = request_of_row(row)
-            request.publication = closed.publication
+            request = request_of_row(row, publication=closed.publication)
             self._app.backend.mark_as_failure(row["job_id"], poisoned(closed.deaths, max_deaths), request=request)
 
     def _forget(self, holder: Holder) -> None:
@@ -167,8 +166,7 @@ class Reconciler:
         self._store.forget_lease(holder.lease)
 
     def _revoke(self, row: Mapping[str, Any], reason: str) -> None:
-        request = request_of_row(row)
-        request.publication = row["publication"]
+        request = request_of_row(row, publication=row["publication"])
         self._app.backend.mark_as_revoked(row["job_id"], reason, request=request)
 
     def _opened_ledger(self) -> Ledger | None:

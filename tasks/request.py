@@ -48,6 +48,8 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_job:
+            self._context.publication = self._publication  # another client's message carries none
         hard, soft = self.time_limits  # the message's; the task's own may grow with the input
         if self.is_job and self.task.seconds_per_megabyte and not (hard and soft):
             own_soft, own_hard = self.task.limits(self.task.arguments.by_name(*self._payload[:2]))
@@ -128,6 +130,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
 
         Not by SIGTERM, which a pool child only sees between two calls into C.
         """
+        self._context.is_terminated = True
         if not _has_processes(pool):  # it runs to its end, for nothing
             self._announce_revoked("terminated", True, signal, False)
             return

@@ -149,6 +149,7 @@ class JobBackend(BaseBackend):
                     failure,
                     attempt=attempt,
                     publication=None if attempt else publication,
+                    only_queued=publication is not None and not attempt and not request.get("is_terminated"),
                     was_sent=bool(request and request.delivery_info and not request.get("is_unsent")),
                 )
             )

@@ -122,12 +122,20 @@ def unsent(name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Con
     )
 
 
-def request_of_row(row: Mapping[str, Any]) -> Context:
-    """The request of a job, from what its row keeps to publish it again."""
-    message = row["message"] or {"args": [], "kwargs": row["parameters"], "options": {}}
+def message_of_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The args, kwargs and options to publish a job with again."""
+    return row["message"] or {"args": [], "kwargs": row["parameters"], "options": {}}
+
+
+def request_of_row(row: Mapping[str, Any], publication: int | None = None) -> Context:
+    """The request of a job, from what its row keeps to publish it again.
+
+    With `publication` it can end the job only while that waits; without, also a running attempt.
+    """
+    message = message_of_row(row)
     options = {**message["options"], "task_id": row["job_id"], "queue": row["queue"]}
     request = unsent(row["task_type"], message["args"], message["kwargs"], options)
-    request.retries = row["retry_count"]
+    request.retries, request.publication = row["retry_count"], publication
     return request
 
 

@@ -170,7 +170,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def _close_unclaimed(self) -> None:
         """Close attempts of this worker that nothing runs: their processes died while the database was away."""
-        me = Holder(self._app.lease, self._app.worker_id, "", now())
+        me = Holder(self._app.lease, self._app.worker_id, "", now(), now())
         running = {job.id for job in request.running()} | set(request.reserved())
         unclaimed = {
             (row["job_id"], row["attempt"]) for row in self._app.store.held_by(me) if row["job_id"] not in running

@@ -1,13 +1,13 @@
 """One job's way through its row: claimed, closed or requeued, ended; each a single atomic change."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, update
 
 from db import statements
-from db.models import task_queue
+from db.models import task_queue, worker_leases
 from db.records import Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Status, now
 from db.statements import RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
 from db.store.base import Part, failure_columns, log, log_failure, publication_at, standing_of, text
@@ -81,7 +81,7 @@ class Attempts(Part):
     ) -> Claim:
         """Close an attempt whose holder is dead, and claim the job anew."""
         holder = standing["claimed_by"]
-        liveness = _liveness(standing, judge)
+        liveness = self._liveness(connection, standing["lease"], judge)
         is_death = liveness is Liveness.DEAD or standing["deliveries"] >= SUSPECT_DELIVERIES
         if not (liveness is Liveness.DEAD or (is_loss and liveness is Liveness.UNCERTAIN)):
             return Claim(Decision.HELD, holder=holder)
@@ -95,6 +95,13 @@ class Attempts(Part):
                 self.rest(bound["b_job_id"], closed.publication)
                 return Claim(Decision.PAUSED)
         return _running(row.attempt, row.deaths, max_deaths, holder)
+
+    def _liveness(self, connection: Connection, lease: str | None, judge: Judge) -> Liveness:
+        """Whether the holder lives: uncertain without a lease (an eager run), and no more if its lease has no row."""
+        if lease is None:
+            return Liveness.UNCERTAIN
+        holders = self._holders(connection, worker_leases.c.lease == lease)
+        return judge(holders[0]) if holders else Liveness.DEAD
 
     def close(
         self,
@@ -128,10 +135,12 @@ class Attempts(Part):
         retry_count: int,
         run_after_utc: datetime | None = None,
         failure: Failure | None = None,
+        changed: Mapping[str, Any] | None = None,
     ) -> Publication | None:
         """End `attempt` and queue the job again under the next publication; None if it came too late.
 
-        With `run_after_utc` it rests until then; else its message is the caller's to send.
+        With `run_after_utc` it rests until then; else its message is the caller's to send. `changed` are columns of
+        what runs from now on: other arguments, another task.
         """
         is_resting = run_after_utc is not None
         with self._writing("requeue", job_id, attempt) as (connection, at, earlier), self.database.transaction():
@@ -149,6 +158,7 @@ class Attempts(Part):
                     updated_at=at,
                     sequence=task_queue.c.sequence + 1,
                     **failure_columns(failure),
+                    **(changed or {}),
                 )
                 .returning(*RETURNED),
                 {"b_job_id": job_id, "b_attempt": attempt},
@@ -193,12 +203,14 @@ class Attempts(Part):
         *,
         attempt: int | None = None,
         publication: int | None = None,
+        only_queued: bool = False,
         was_sent: bool = True,
     ) -> bool:
         """Any unfinished status -> failed or cancelled; a job without a row gets one, ended.
 
-        `attempt` fences a write by the attempt itself, `publication` one by somebody who only knows the message. One
-        that was never sent, but waited for another job, is never `published_at` a time.
+        `attempt` fences a write by the attempt itself, `publication` one by somebody who only knows the message; with
+        `only_queued` that leaves an attempt alone which runs already. One that was never sent, but waited for another
+        job, is never `published_at` a time.
         False if it came too late; True again when it is repeated by the attempt, or after a lost connection.
         """
         of_fence = []
@@ -210,7 +222,7 @@ class Attempts(Part):
         with self._writing(*key) as (connection, at, earlier), self.database.transaction():
             ending = (
                 update(task_queue)
-                .where(of_job, is_one_of(UNFINISHED), *of_fence)
+                .where(of_job, is_one_of([Status.QUEUED] if only_queued else UNFINISHED), *of_fence)
                 .values(
                     status=status,
                     completed_at=at,
@@ -254,16 +266,6 @@ def _decision(standing: RowMapping, publication: int) -> Decision | None:
     if status.is_terminal:
         return Decision(status.value)
     return None if standing["publication"] == publication else Decision.STALE
-
-
-def _liveness(standing: RowMapping, judge: Judge) -> Liveness:
-    """Whether the holder lives: uncertain without a lease (an eager run), and no more if its lease has no row."""
-    if standing["lease"] is None:
-        return Liveness.UNCERTAIN
-    if standing["renewed_at"] is None:
-        return Liveness.DEAD
-    names = ("lease", "worker_id", "host_id", "renewed_at")
-    return judge(Holder(**{name: standing[name] for name in names}))
 
 
 def _close(

@@ -2,16 +2,17 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib import import_module
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Select
+from sqlalchemy import Connection, DateTime, RowMapping, Select, func, literal, select, type_coerce
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import schema, statements
 from db.engine import Database
-from db.records import Failure, NewJob, Publication, now
+from db.models import UTCDateTime, worker_leases
+from db.records import Failure, Holder, NewJob, Publication, now
 
 UNCONFIRMED_KEPT: Final = 1000
 
@@ -37,6 +38,17 @@ class Part:
     def _rows(self, statement: Select[Any], bound: Mapping[str, Any] | None = None) -> list[RowMapping]:
         with self._reading() as connection:
             return list(connection.execute(statement, bound or {}).mappings())
+
+    def _clock(self, ago_s: float = 0.0) -> Any:
+        """What time it is, in SQL, or was: by the server's clock, where those of several hosts would be compared."""
+        ago = timedelta(seconds=ago_s)
+        if self.database.is_sqlite:
+            return literal(now() - ago, UTCDateTime())
+        return func.clock_timestamp(type_=DateTime(timezone=True)) - ago
+
+    def _holders(self, connection: Connection, *where: Any) -> list[Holder]:
+        statement = select(worker_leases, type_coerce(self._clock(), UTCDateTime()).label("seen_at")).where(*where)
+        return [Holder(**row) for row in connection.execute(statement).mappings()]
 
     def _reading(self) -> AbstractContextManager[Connection]:
         schema.ensure_schema(self.database)

@@ -14,6 +14,7 @@ from db.statements import RETURNED, UNSUCCESSFUL, is_one_of, of_job
 from db.store.base import Part, failure_columns, log, publication_at, standing_of
 
 UNIQUE_TRIES: Final = 20
+_SUBMITTED: Final = ("task_type", "queue", "parameters", "priority", "max_retries", "expires_at", "message")
 
 
 class Submissions(Part):
@@ -100,15 +101,14 @@ class Submissions(Part):
                     deliveries=0,
                     progress=0.0,
                     stage=None,
-                    run_after_utc=at if is_resting else None,
-                    expires_at=None,
+                    run_after_utc=((job and job.run_after_utc) or at) if is_resting else None,
                     completed_at=None,
                     published_at=None if is_resting else at,
                     updated_at=at,
                     sequel=case((task_queue.c.sequel.is_not(None), PENDING), else_=null()),
                     sequence=task_queue.c.sequence + 1,
                     **failure_columns(None),
-                    **({"message": job.message, "parameters": job.parameters} if job is not None else {}),
+                    **({name: getattr(job, name) for name in _SUBMITTED} if job is not None else {"expires_at": None}),
                 )
                 .returning(*RETURNED),
                 {"b_job_id": job_id},

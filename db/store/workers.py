@@ -1,7 +1,6 @@
 """Workers: their heartbeats, which show them, and their leases, which are the truth about who holds an attempt."""
 
 from collections.abc import Collection, Mapping
-from datetime import timedelta
 from typing import Any, Final
 from uuid import uuid4
 
@@ -23,7 +22,7 @@ class Workers(Part):
 
     def heartbeat(self, beat: Heartbeat) -> None:
         """Show a worker; its row is made at the first beat."""
-        values = {name: getattr(beat, name) for name in beat.__slots__} | {"last_heartbeat": now()}
+        values = {name: getattr(beat, name) for name in beat.__slots__} | {"last_heartbeat": self._clock()}
         values["capabilities"], values["current_tasks"] = list(beat.capabilities), list(beat.current_tasks)
         values["reserved_tasks"] = list(beat.reserved_tasks)
         values["strategy"] = text(beat.strategy, 255)
@@ -42,9 +41,9 @@ class Workers(Part):
         """The worker_heartbeats rows; only those alive if `heard_within_s` is given."""
         statement = select(worker_heartbeats).order_by(worker_heartbeats.c.worker_id)
         if heard_within_s is not None:
-            since = now() - timedelta(seconds=heard_within_s)
             statement = statement.where(
-                worker_heartbeats.c.last_heartbeat >= since, worker_heartbeats.c.status.not_in(GONE)
+                worker_heartbeats.c.last_heartbeat >= self._clock(heard_within_s),
+                worker_heartbeats.c.status.not_in(GONE),
             )
         return self._rows(statement)
 
@@ -59,17 +58,20 @@ class Workers(Part):
 
     def renew_lease(self, lease: str, worker_id: str, host_id: str) -> None:
         """Say that the holder lives; its row is made at the first call."""
-        at = now()
-        statement = self._insert(worker_leases).values(lease=lease, worker_id=worker_id, host_id=host_id, renewed_at=at)
+        values = {"lease": lease, "worker_id": worker_id, "host_id": host_id, "renewed_at": self._clock()}
+        statement = self._insert(worker_leases).values(values)
         with self._changing() as connection:
-            connection.execute(statement.on_conflict_do_update(index_elements=["lease"], set_={"renewed_at": at}))
+            connection.execute(
+                statement.on_conflict_do_update(
+                    index_elements=["lease"], set_={"renewed_at": statement.excluded.renewed_at}
+                )
+            )
 
     def holders(self, *, worker_id: str | None = None) -> list[Holder]:
         """All leases whose rows are there, of the living and the dead; only those of one worker, if it is named."""
-        statement = select(worker_leases)
-        if worker_id is not None:
-            statement = statement.where(worker_leases.c.worker_id == worker_id)
-        return [Holder(**row) for row in self._rows(statement)]
+        where = [worker_leases.c.worker_id == worker_id] if worker_id is not None else []
+        with self._reading() as connection:
+            return self._holders(connection, *where)
 
     def held_by(self, holder: Holder) -> list[RowMapping]:
         """The rows whose running attempt this lease holds."""
@@ -85,13 +87,13 @@ class Workers(Part):
         with self._reading() as connection:
             return set(connection.execute(statement).scalars())
 
-    def forget_lease(self, lease: str) -> None:
-        """Remove a lease that is given back or dead, unless it still holds an attempt."""
+    def forget_lease(self, lease: str) -> bool:
+        """Remove a lease that is given back or dead; False if it is kept, since it still holds an attempt."""
         holds = exists().where(
             task_queue.c.claimed_by == worker_leases.c.worker_id, is_one_of(ACTIVE), task_queue.c.lease == lease
         )
         with self._changing() as connection:
-            connection.execute(delete(worker_leases).where(worker_leases.c.lease == lease, ~holds))
+            return connection.execute(delete(worker_leases).where(worker_leases.c.lease == lease, ~holds)).rowcount == 1
 
     # Duties
 

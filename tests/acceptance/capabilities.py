@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 
 from tasks.arguments import InputPath, OutputPath
 from tasks.celery import app
@@ -116,6 +116,31 @@ def call_another(x: int) -> str:
 @app.task(bind=True)
 def become_add(self: Job, x: int) -> Any:
     return self.replace(add.s(x, 1))
+
+
+@app.task(bind=True)
+def become_later(self: Job, file: str) -> Any:
+    """Another job in its place, a moment later; it must not come back as itself."""
+    _append(file, "became")
+    raise self.replace(add.si(40, 2).set(countdown=0.2))
+
+
+@app.task(bind=True)
+def count_down(self: Job, file: str, left: int) -> str:
+    """Run again with other arguments, until none is left."""
+    _append(file, str(left))
+    if left:
+        raise self.retry(args=(file, left - 1), countdown=0.1)
+    return "lift-off"
+
+
+@app.task(bind=True)
+def reject(self: Job, file: str, requeue: bool = False) -> str:
+    """Not for this worker; the second time it is."""
+    _append(file, "run")
+    if len(Path(file).read_text().splitlines()) == 1:
+        raise Reject("not now", requeue=requeue)
+    return "done"
 
 
 @app.task

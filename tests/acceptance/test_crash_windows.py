@@ -52,6 +52,18 @@ def test_an_image_job_ends_once_wherever_its_process_dies(own, task, start, tmp_
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.png"]
 
 
+def test_a_callback_runs_once_though_the_process_that_had_sent_it_died_before_its_own_end(own, task, start, tmp_path):
+    start("before completed")
+    job = task.add.apply_async((1, 1), link=task.note.si(str(tmp_path / "linked"), "linked"))
+
+    was_hit(tmp_path)
+
+    assert job.get(**GET) == 2
+    eventually(lambda: {row["status"] for row in own.app.store.jobs()} == {"completed"}, 20)
+    assert len(own.app.store.jobs()) == 2
+    assert lines(tmp_path / "linked") == ["begin linked", "end linked"]
+
+
 @pytest.mark.parametrize("point", ["completed", "chord fired"])
 def test_a_chord_runs_its_body_once_wherever_its_last_member_dies(own, task, start, tmp_path, point):
     start(point)

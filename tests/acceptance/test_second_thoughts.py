@@ -96,6 +96,46 @@ def test_a_step_that_was_never_sent_is_not_replayed_by_itself(own, task):
         control.replay(result.id, app=own.app)
 
 
+def test_a_job_may_run_again_with_other_arguments(own, task, tmp_path):
+    own.start_worker("--concurrency=1")
+
+    job = task.count_down.delay(str(tmp_path / "runs"), 2)
+
+    assert job.get(**GET) == "lift-off"
+    assert lines(tmp_path / "runs") == ["2", "1", "0"]
+    assert own.row(job)["parameters"] == {"file": str(tmp_path / "runs"), "left": 0}
+
+
+def test_a_job_may_replace_itself_by_one_that_is_due_later(own, task, tmp_path):
+    own.start_worker("--concurrency=1")
+
+    job = task.become_later.delay(str(tmp_path / "runs"))
+
+    assert job.get(**GET) == 42
+    assert lines(tmp_path / "runs") == ["became"]
+    row = own.row(job)
+    assert (row["task_type"], row["queue"], row["parameters"]) == ("add", "add", {"x": 40, "y": 2})
+
+
+def test_a_job_that_is_given_back_by_its_body_runs_again_without_a_death(own, task, tmp_path):
+    own.start_worker("--concurrency=1")
+
+    job = task.reject.delay(str(tmp_path / "runs"), requeue=True)
+
+    assert job.get(**GET) == "done"
+    assert own.events(job) == ["created", "claimed", "started", "released", "claimed", "started", "completed"]
+    assert own.row(job)["deaths"] == 0
+
+
+def test_a_job_that_is_rejected_by_its_body_fails_with_the_reason(own, task, tmp_path):
+    own.start_worker("--concurrency=1")
+
+    row = own.wait_for(task.reject.delay(str(tmp_path / "runs")), "failed")
+
+    assert row["error_message"] == "rejected: not now"
+    assert lines(tmp_path / "runs") == ["run"]
+
+
 def test_a_shutdown_from_afar_lets_running_jobs_finish(own, task, tmp_path):
     worker = own.start_worker("--concurrency=1")
     job = task.note.delay(str(tmp_path / "runs"), "job", 3.0)

@@ -1,6 +1,7 @@
 """Leases, which say who holds attempts; duties, which one worker at a time has; workers that are lost."""
 
 import threading
+from datetime import timedelta
 
 import pytest
 
@@ -19,8 +20,21 @@ class TestLeases:
         store.renew_lease("lease-1", "worker-1", "host-1")
 
         (second,) = store.holders()
-        assert first == Holder("lease-1", "worker-1", "host-1", first.renewed_at)
+        assert first == Holder("lease-1", "worker-1", "host-1", first.renewed_at, first.seen_at)
         assert before <= first.renewed_at < second.renewed_at <= now()
+        assert 0 <= first.silent_s < 5
+
+    def test_a_host_whose_clock_is_wrong_is_as_alive_as_the_others(self, store, monkeypatch):
+        if store.database.is_sqlite:
+            pytest.skip("SQLite has one host, and its clock")
+        monkeypatch.setattr("db.store.base.now", lambda: now() - timedelta(seconds=100))
+        store.renew_lease("lease-1", "worker-1", "host-1")
+        store.heartbeat(beat("worker-1"))
+        monkeypatch.undo()
+
+        (holder,) = store.holders()
+        assert holder.silent_s < 5
+        assert [worker["worker_id"] for worker in store.workers(heard_within_s=15)] == ["worker-1"]
 
     def test_a_worker_s_leases_are_found_by_its_name(self, store):
         for lease, worker_id in (("a", "worker-1"), ("b", "worker-2"), ("c", "worker-1")):

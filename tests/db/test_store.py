@@ -274,8 +274,8 @@ class TestClaim:
         assert claim(store, job, "worker-2", judge=judge).decision is Decision.HELD
 
         (holder,) = store.holders(worker_id="worker-1")
-        assert asked == [holder]
-        assert holder == Holder("lease of worker-1", "worker-1", "this host", holder.renewed_at)
+        assert asked[0].renewed_at == holder.renewed_at
+        assert asked[0] == Holder("lease of worker-1", "worker-1", "this host", holder.renewed_at, asked[0].seen_at)
 
     def test_a_job_that_kills_its_workers_is_poison(self, store):
         job, _attempt = running(store)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from celery.app.trace import build_tracer
@@ -47,10 +48,19 @@ def claim(
     return store.claim(job, job_id=job.job_id, worker_id=worker_id, **{**defaults, **values})
 
 
+def leave_lock(app: Any, lease: str) -> None:
+    """The lock file of a worker that was killed: there, and held by nobody."""
+    path = Path(app.settings.server_dir) / "leases" / lease
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+
+
 def claimed_by(app: Any, job: Any, worker_id: str = "dead", *, host_id: str | None = None) -> int:
     """Have a worker claim a queued job, on this host unless told; its attempt. Nobody holds that worker's lock."""
     row = app.store.job(job.id)
-    host_id = app.leases.host_id if host_id is None else host_id
+    if host_id is None:
+        leave_lock(app, f"lease of {worker_id}")
+        host_id = app.leases.host_id
     return claim(app.store, new_job(job.id), worker_id, host_id=host_id, publication=row["publication"]).attempt
 
 

@@ -8,6 +8,7 @@ from celery import chain, chord
 from db.records import Status, now
 from tasks import control
 from tasks.errors import CorruptMedia, InvalidArguments, UnknownJob, UnknownQueue
+from tasks.request import JobRequest
 from tasks.rows import describe
 from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run
 
@@ -64,6 +65,73 @@ def test_a_running_job_that_is_cancelled_loses_its_attempt(producer, app, add):
     assert app.store.cancelled_of([job.id]) == {job.id}
     assert not app.store.owns(job.id, attempt)
     assert not app.store.complete(job.id, attempt, 2)
+
+
+@pytest.fixture
+def claimed_meanwhile(producer, app, monkeypatch):
+    """A job is claimed by a worker between the look of somebody else and what follows from that."""
+
+    def claimed_meanwhile(job, look):
+        original = getattr(app.store, look)
+
+        def looked(*args, **kwargs):
+            rows = original(*args, **kwargs)
+            if producer.row(job)["status"] == Status.QUEUED:
+                claimed_by(app, job)
+            return rows
+
+        monkeypatch.setattr(app.store, look, looked)
+
+    return claimed_meanwhile
+
+
+def test_a_job_that_is_claimed_while_its_queue_is_purged_goes_on(producer, add, claimed_meanwhile):
+    job = add.delay(1, 1)
+    claimed_meanwhile(job, "queued_in")
+
+    assert control.purge("add") == 0
+    assert statuses(producer, job) == ["running"]
+
+
+def test_a_job_that_is_claimed_while_it_is_revoked_goes_on(producer, add, claimed_meanwhile):
+    job = add.delay(1, 1)
+    claimed_meanwhile(job, "jobs_by_id")
+
+    job.revoke()
+
+    assert statuses(producer, job) == ["running"]
+
+
+def test_a_running_job_whose_revoke_says_terminate_is_cancelled(producer, app, add):
+    job = add.delay(1, 1)
+    claimed_by(app, job)
+
+    job.revoke(terminate=True)
+
+    assert statuses(producer, job) == ["cancelled"]
+
+
+def test_a_second_delivery_after_its_expiry_leaves_a_running_job_alone(producer, app, add):
+    job = add.apply_async((1, 1), expires=60)
+    attempt = claimed_by(app, job)
+    (message,) = messages(producer, "add")
+    message.headers["expires"] = (now() - timedelta(seconds=1)).isoformat()
+    request = JobRequest(
+        message,
+        on_ack=lambda *_: None,
+        app=app,
+        task=add,
+        headers=message.headers,
+        hostname="h",
+        eventer=None,
+        body=message.body,
+        decoded=False,
+    )
+    request._on_ack = lambda *_: None
+
+    request.revoked()
+
+    assert app.store.owns(job.id, attempt)
 
 
 @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])

@@ -88,6 +88,31 @@ def test_arguments_that_are_no_list_are_refused(producer, args):
     assert producer.app.store.jobs() == []
 
 
+def test_a_failed_job_that_is_submitted_again_is_what_is_asked_for_now(producer, add):
+    add.apply_async((1, 1), task_id="same")
+    producer.app.store.end(new_job("same"), Status.FAILED, describe(ValueError("no")))
+
+    add.apply_async((3, 4), task_id="same", countdown=3600, priority=9, expires=7200)
+
+    row = producer.row("same")
+    assert (row["status"], row["priority"], row["parameters"]) == ("queued", 9, {"x": 3, "y": 4})
+    assert now() + timedelta(seconds=3500) < row["run_after_utc"] < row["expires_at"]
+
+
+def test_a_unique_job_that_could_not_be_sent_is_sent_by_the_second_try(producer, add, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("the network is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(producer.app, "publish", fail, raising=False)
+        with pytest.raises(OSError, match="the network is away"):
+            add.apply_async((1, 1), task_id="mine", unique_key="key")
+    add.apply_async((1, 1), task_id="mine", unique_key="key")
+
+    assert producer.row("mine")["status"] == "queued"
+    assert [job_id for job_id, _ in publications(producer, "add")] == ["mine"]
+
+
 def test_a_queue_that_is_no_text_is_refused_as_an_unknown_one(producer, add):
     with pytest.raises(UnknownQueue, match="no worker serves the queue 5"):
         add.apply_async((1, 1), queue=5)

@@ -1,5 +1,7 @@
 """The guard: one claim decides whether a message runs; and what the base task gives a body."""
 
+import re
+
 import pytest
 from celery.app.task import Context
 
@@ -135,11 +137,17 @@ def test_a_direct_call_is_a_plain_function_call(producer, task):
 
 
 def test_a_token_names_the_job_and_the_attempt_and_fits_into_a_file_name(task):
-    task.add.push_request(id="../a b/c", attempt=3)
-    try:
-        assert task.add.token == ".._a_b_c.3"
-    finally:
-        task.add.pop_request()
+    def token(job_id, attempt):
+        task.add.push_request(id=job_id, attempt=attempt)
+        try:
+            return task.add.token
+        finally:
+            task.add.pop_request()
+
+    ids = ["a/b", "a:b", "a.3", "a", "x" * 255, "\udcff"]
+    tokens = {token(job_id, attempt) for job_id in ids for attempt in (3, 33)}
+    assert len(tokens) == 2 * len(ids)
+    assert all(re.fullmatch(r"[0-9a-f]{24}\.33?", each) for each in tokens)
     assert task.add.token is None
 
 

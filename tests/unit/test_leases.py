@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -83,6 +84,38 @@ def test_a_lease_that_still_holds_an_attempt_keeps_its_row_and_is_dead(producer,
     assert leases.judge(holder_of(producer, "dead")) is Liveness.DEAD
 
 
+def silent_for(seconds, lease, host_id):
+    return Holder(lease, "w", host_id, now() - timedelta(seconds=seconds), now())
+
+
+def test_a_worker_whose_lock_file_was_tidied_away_lives_while_it_renews(producer, leases):
+    leases.take()
+    holder = holder_of(producer, producer.app.worker_id)
+    (producer.server_dir / "leases" / holder.lease).unlink()
+
+    assert not leases.is_let_go(holder)
+    assert leases.judge(holder) is Liveness.UNCERTAIN
+    assert leases.judge(silent_for(16, holder.lease, holder.host_id)) is Liveness.DEAD
+
+
+def test_a_lock_file_in_use_looks_new_to_who_tidies_up(producer, leases):
+    leases.take()
+    path = producer.server_dir / "leases" / producer.app.lease
+    os.utime(path, (1, 1))
+
+    leases.renew()
+
+    assert time.time() - path.stat().st_mtime < 60
+
+
+def test_a_lease_that_is_renewed_more_seldom_than_every_minute_is_alive_for_longer(producer, leases, monkeypatch):
+    leases.take()
+    settings = replace(producer.app.settings, lease_timeout_s=300.0)
+    monkeypatch.setitem(producer.app.__dict__, "settings", settings)
+
+    assert leases.judge(silent_for(200, producer.app.lease, leases.host_id)) is Liveness.ALIVE
+
+
 def test_another_process_of_this_host_lives_until_it_is_killed(producer, leases):
     with process_with_lease(producer.server_dir) as process:
         holder = holder_of(producer, "other")
@@ -102,7 +135,7 @@ def test_a_process_that_holds_its_lock_but_is_stopped_counts_as_dead_after_a_min
     producer, leases, silent_s, liveness
 ):
     leases.take()
-    silent = Holder(producer.app.lease, "w", leases.host_id, now() - timedelta(seconds=silent_s))
+    silent = silent_for(silent_s, producer.app.lease, leases.host_id)
 
     assert leases.judge(silent) is liveness
     assert not leases.is_let_go(silent)
@@ -110,11 +143,11 @@ def test_a_process_that_holds_its_lock_but_is_stopped_counts_as_dead_after_a_min
 
 @pytest.mark.parametrize(("silent_s", "liveness"), [(0, Liveness.UNCERTAIN), (14, Liveness.UNCERTAIN)])
 def test_nothing_is_certain_of_a_worker_elsewhere_that_was_heard_of(leases, silent_s, liveness):
-    assert leases.judge(Holder("x", "w", "another host", now() - timedelta(seconds=silent_s))) is liveness
+    assert leases.judge(silent_for(silent_s, "x", "another host")) is liveness
 
 
 def test_a_worker_elsewhere_is_dead_once_its_lease_is_over(leases):
-    silent = Holder("x", "w", "another host", now() - timedelta(seconds=16))
+    silent = silent_for(16, "x", "another host")
 
     assert leases.judge(silent) is Liveness.DEAD
     assert not leases.is_let_go(silent)

@@ -34,8 +34,8 @@ def test_the_temp_files_of_one_attempt_are_removed(producer, row, tmp_path):
 
 
 def test_a_star_stands_for_all_attempts_of_a_job_and_of_no_other(task, row, tmp_path):
-    mine = [temp_file(tmp_path, "job-1.2"), temp_file(tmp_path, "job-1.13")]
-    other = temp_file(tmp_path, "job-10.2")
+    mine = [temp_file(tmp_path, token_of("job-1", attempt)) for attempt in (2, 13)]
+    other = temp_file(tmp_path, token_of("job-1.2", 2))
     called_with = ([row["parameters"]["input"], row["parameters"]["output"]], {"width": 9})
 
     assert remove_temp_files(task, called_with, token_of("job-1", "*")) == 2
@@ -67,7 +67,7 @@ def test_only_temp_files_of_ours_are_removed(producer, row, tmp_path):
 
 
 def test_an_id_that_could_be_a_pattern_is_none(task, row, tmp_path):
-    other = temp_file(tmp_path, "job-1.2")
+    other = temp_file(tmp_path, token_of("job-1", 2))
     called_with = ([row["parameters"]["input"], row["parameters"]["output"]], {"width": 9})
 
     assert remove_temp_files(task, called_with, token_of("job-*", 2)) == 0

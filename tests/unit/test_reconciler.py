@@ -7,12 +7,14 @@ from celery import chain, chord
 
 from db.records import Status, now
 from tasks.errors import CorruptMedia
+from tasks.job import token_of
 from tasks.rows import describe
 from tests.unit.jobs import (
     beat_of,
     change,
     claim,
     claimed_by,
+    leave_lock,
     mend,
     messages,
     new_job,
@@ -71,8 +73,8 @@ def test_a_job_that_kills_its_workers_fails_after_the_third_and_says_why(produce
 def test_only_the_temp_files_of_the_dead_attempt_are_removed(producer, reconciler, tmp_path):
     job = producer.task.image_resize.delay(tmp_path / "in.jpg", tmp_path / "out.webp", width=9)
     attempt = claimed_by(producer.app, job)
-    mine = tmp_path / f".media-tasks-{job.id}.{attempt}-abc.part"
-    kept = [tmp_path / f".media-tasks-{job.id}.{attempt + 1}-abc.part", tmp_path / ".media-tasks-x.1-abc.part"]
+    mine = tmp_path / f".media-tasks-{token_of(job.id, attempt)}-abc.part"
+    kept = [tmp_path / f".media-tasks-{token_of(job.id, attempt + 1)}-abc.part", tmp_path / ".media-tasks-x.1-abc.part"]
     for path in (mine, *kept, tmp_path / "out.webp"):
         path.touch()
 
@@ -84,6 +86,7 @@ def test_only_the_temp_files_of_the_dead_attempt_are_removed(producer, reconcile
 
 
 def test_a_dead_worker_is_shown_as_lost_and_its_lease_forgotten(app, reconciler):
+    leave_lock(app, "lease of dead")
     app.store.renew_lease("lease of dead", "dead", app.leases.host_id)
     app.store.heartbeat(beat_of("dead", lease="lease of dead"))
 
@@ -94,6 +97,7 @@ def test_a_dead_worker_is_shown_as_lost_and_its_lease_forgotten(app, reconciler)
 
 
 def test_a_new_worker_of_the_same_name_is_not_shown_as_lost(app, reconciler):
+    leave_lock(app, "lease of dead")
     app.store.renew_lease("lease of dead", "w", app.leases.host_id)
     app.store.heartbeat(beat_of("w", lease="another lease"))
 
