@@ -19,12 +19,14 @@ from tasks.media.formats import FORMATS, READ_ONLY, Format
 from tasks.media.geometry import Layout, layout
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions, parse_colour
 from tasks.media.output import Staged, atomic_outputs, raise_for_write_error
+from tasks.media.release import releasing
 from tasks.media.sniff import Input, Limits, check_output, open_input
 
 Progress = Callable[[float], None]
 Confirm = Callable[[], None]
 
 
+@releasing
 def resize(
     input: str,  # noqa: A002 - the public name of the argument
     output: str,
@@ -62,6 +64,7 @@ def resize(
     return result
 
 
+@releasing
 def convert(
     input: str,  # noqa: A002 - the public name of the argument
     output: str,
@@ -92,6 +95,7 @@ def convert(
     return result
 
 
+@releasing
 def renditions(
     input: str,  # noqa: A002 - the public name of the argument
     output_dir: str,

@@ -1,8 +1,9 @@
 """Images that the tests make themselves, and a folder of real photographs where there is one."""
 
 import struct
+import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ def load(vips: Any) -> Callable[..., Any]:
         return vips.Image.new_from_file(str(path), **options)
 
     return read
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 KiB, where this user may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this user may not mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def pixel(image: Any, x: int, y: int) -> list[int]:

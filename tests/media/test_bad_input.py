@@ -288,18 +288,6 @@ def test_an_enlargement_beyond_the_limit(tmp_path, limits, quadrants):
     assert files_under(tmp_path) == {"in.png"}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 32 KiB, where this user may make one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("this user may not mount a small file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "avif", "tif", "gif", "bmp"])
 def test_a_full_disk_is_a_transient_error_that_names_the_output(small_disk, photos, limits, suffix):
     output = small_disk / f"out.{suffix}"
