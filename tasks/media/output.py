@@ -7,12 +7,14 @@ those of an attempt that was killed can be found and deleted.
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.errors import DiskFull, OutputNotWritable
+from tasks.media.sniff import kind_of
 
 TEMP_PREFIX = ".media-tasks-"
 TEMP_SUFFIX = ".part"
@@ -53,7 +55,7 @@ def atomic_outputs(
 
     Raises:
         DiskFull: no space left, or over quota; transient.
-        OutputNotWritable: a directory or a file stands in the way, or writing is not allowed.
+        OutputNotWritable: something stands in the way that is no regular file, or writing is not allowed.
     """
     token = token or secrets.token_hex(8)
     staged: list[Staged] = []
@@ -91,9 +93,9 @@ def raise_for_write_error(exc: OSError, path: str | Path) -> None:
     if exc.errno in _NOT_WRITABLE:
         in_the_way = exc.errno == errno.EEXIST  # mkdir's words for it are "File exists"
         cause = "a file stands where its directory should be" if in_the_way else exc.strerror
-        raise OutputNotWritable(
-            f"{path} can't be written: {cause}; make its directory writable for the worker, or write elsewhere"
-        ) from exc
+        is_long = exc.errno == errno.ENAMETOOLONG
+        remedy = "give it a shorter name" if is_long else "make its directory writable for the worker"
+        raise OutputNotWritable(f"{path} can't be written: {cause}; {remedy}, or write elsewhere") from exc
 
 
 @contextmanager
@@ -107,11 +109,23 @@ def _reported(path: str | Path) -> Iterator[None]:
 
 def _stage(path: Path, token: str) -> Staged:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _refuse_special(path)
     temp = path.with_name(f"{TEMP_PREFIX}{token}-{secrets.token_hex(4)}{TEMP_SUFFIX}")
     fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask decides, as for any file
     return Staged(path, temp, fd)
+
+
+def _refuse_special(path: Path) -> None:
+    """Refuse what a rename would fail on, or destroy: a directory, a device, a pipe, a socket, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # nothing, or a link to nothing
+            return
+        raise
+    if not stat.S_ISREG(mode):
+        remedy = "name a file in it, or write elsewhere" if stat.S_ISDIR(mode) else "write elsewhere"
+        raise OutputNotWritable(f"{path} can't be written: it is {kind_of(mode)}, not a regular file; {remedy}")
 
 
 def _sync_directory(directory: Path) -> None:

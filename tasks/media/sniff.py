@@ -128,7 +128,7 @@ def _open_regular(path: str, real_path: Path) -> int:
     try:
         mode = real_path.stat().st_mode
         if not stat.S_ISREG(mode):
-            raise InputMissing(f"{path} is {_kind(mode)}, not a regular file; give the path of an image")
+            raise InputMissing(f"{path} is {kind_of(mode)}, not a regular file; give the path of an image")
         return os.open(real_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise InputMissing(f"{path} does not exist on this worker; check the path, or the mount") from exc
@@ -140,7 +140,8 @@ def _open_regular(path: str, real_path: Path) -> int:
         raise
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """What a file that is not regular is, by its mode."""
     kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 

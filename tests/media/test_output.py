@@ -1,5 +1,6 @@
 import errno
 import os
+import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -113,7 +114,60 @@ def test_a_file_in_place_of_its_very_directory_is_said_to_be_one(tmp_path):
 
 
 def test_a_directory_in_place_of_the_output_is_reported_before_any_work(tmp_path):
-    with pytest.raises(OutputNotWritable, match="Is a directory"), atomic_outputs([str(tmp_path)]):
+    said = f"{tmp_path} can't be written: it is a directory, not a regular file; name a file in it, or write elsewhere"
+    with pytest.raises(OutputNotWritable, match=said), atomic_outputs([str(tmp_path)]):
+        pytest.fail("the block must not run")
+
+
+def _device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, Path("/dev/null").stat().st_rdev)
+    except PermissionError:
+        path.symlink_to("/dev/null")
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (_device, "a device"),
+        (os.mkfifo, "a pipe"),
+        (_socket, "a socket"),
+        (lambda path: path.symlink_to("/dev/null"), "a device"),
+    ],
+)
+def test_a_device_a_pipe_and_a_socket_are_never_replaced(monkeypatch, tmp_path, make, what):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    make(Path("special"))
+    before = (tmp_path / "special").lstat()
+
+    said = f"{tmp_path}/special can't be written: it is {what}, not a regular file; write elsewhere"
+    with pytest.raises(OutputNotWritable, match=said), atomic_outputs([str(tmp_path / "special")]):
+        pytest.fail("the block must not run")
+
+    assert os.path.samestat((tmp_path / "special").lstat(), before)
+    assert files_under(tmp_path) == {"special"}
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link", "file/below"])
+def test_a_link_to_nothing_is_replaced(tmp_path, target):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(target)
+
+    with atomic_outputs([str(tmp_path / "link")]) as (staged,):
+        os.write(staged.fd, b"x")
+
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_bytes() == b"x"
+
+
+def test_a_name_that_is_too_long_is_to_be_shorter(tmp_path):
+    said = r"x\.png can't be written: File name too long; give it a shorter name, or write elsewhere"
+    with pytest.raises(OutputNotWritable, match=said), atomic_outputs([str(tmp_path / f"{'x' * 252}.png")]):
         pytest.fail("the block must not run")
 
 
