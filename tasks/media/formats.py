@@ -49,8 +49,11 @@ def format_named(name: object) -> Format:
     return FORMATS[found]
 
 
-def format_of_output(output: str, name: str | None = None) -> Format:
-    """The format of an output path: `name` if given, else what its suffix says; they may not contradict each other."""
+def format_of_output(output: str, name: str | None = None, *, takes_name: bool = True) -> Format:
+    """The format of an output path: `name` if given, else what its suffix says; they may not contradict each other.
+
+    `takes_name` is whether the task could have been told a name.
+    """
     suffix = PurePath(output).suffix.lower().removeprefix(".")
     by_suffix = _BY_SUFFIX.get(suffix)
     if name is not None:
@@ -61,7 +64,8 @@ def format_of_output(output: str, name: str | None = None) -> Format:
             )
         return wanted
     if not suffix:
-        raise InvalidArguments(f"output {output} has no suffix; add one of {', '.join(_BY_SUFFIX)}, or give format")
+        remedy = f"add one of {', '.join(_BY_SUFFIX)}{', or give format' if takes_name else ''}"
+        raise InvalidArguments(f"output {output} has no suffix; {remedy}")
     if by_suffix is None:
         raise InvalidArguments(
             f"output {output}: the suffix .{suffix} can't be written; {suggestion(suffix, _BY_SUFFIX)}"

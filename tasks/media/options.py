@@ -73,7 +73,7 @@ class ResizeOptions:
 
     def format_for(self, output: str) -> Format:
         """The format of `output`, by its suffix."""
-        return format_of_output(output)
+        return format_of_output(output, takes_name=False)
 
 
 @dataclass(frozen=True, kw_only=True)

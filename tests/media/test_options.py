@@ -122,6 +122,11 @@ def test_an_output_that_can_not_be_written_as_asked_is_refused(output, options, 
     assert [word for word in words if word not in str(refused.value)] == []
 
 
+def test_a_task_without_a_format_argument_asks_for_a_suffix_only():
+    with pytest.raises(InvalidArguments, match=r"/a/b has no suffix; add one of jpg, .*, jxl$"):
+        ResizeOptions(width=8).format_for("/a/b")
+
+
 def test_colours_are_names_or_hexadecimal():
     assert parse_colour("White") == (255, 255, 255)
     assert parse_colour("#fc0") == (255, 204, 0)
