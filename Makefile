@@ -12,9 +12,11 @@ help: ## Show this list
 
 .venv: .venv/.dev ## Create the environment that development needs
 
+# A folder's name may hold what make or the shell would expand: it reaches the demo through the environment, as it is.
+unexport INPUT
+demo: export DEMO_INPUT := $(value INPUT)
 demo: .venv/.runtime ## Resize and convert a folder of images and show it: make demo INPUT=~/Pictures
-	@input="$(INPUT)"; case "$$input" in "~/"*) input="$$HOME/$${input#??}" ;; esac; \
-	.venv/bin/python examples/demo.py $${input:+--input "$$input"}
+	@.venv/bin/python examples/demo.py $${DEMO_INPUT:+--input "$$DEMO_INPUT"}
 
 test: .venv/.dev ## Run the tests but the slow ones; pytest's own arguments in ARGS: make test ARGS="-k broker"
 	@.venv/bin/python -m pytest -m "not slow and not storm" $(ARGS)

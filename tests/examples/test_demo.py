@@ -246,10 +246,24 @@ def test_in_a_terminal_bars_show_the_way_and_ctrl_c_leaves_nothing_running(start
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make (Debian: apt-get install make)")
-def test_make_demo_hands_the_folder_over():
-    done = subprocess.run(
-        ["make", "--dry-run", "demo", "INPUT=~/My Pictures"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+@pytest.mark.parametrize("way", ["argument", "environment"])
+@pytest.mark.parametrize(
+    "folder", ["~/My Pictures", """/a"b'c""", "/$HOME/$(HOME)/$$", "/`touch ran`;$(touch ran)", "$(shell touch ran)"]
+)
+def test_make_demo_hands_the_folder_over_as_it_is(tmp_path, folder, way):
+    # Given an environment whose Python shows what it is called with
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("""#!/bin/sh\nprintf '%s\\n' "$@"\n""")
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".runtime").touch()
 
-    assert 'input="~/My Pictures"' in done.stdout
-    assert "examples/demo.py" in done.stdout
+    # When
+    make = ["make", "-f", REPOSITORY / "Makefile", "--old-file=.venv/.runtime", "demo"]
+    given = {"args": [*make, f"INPUT={folder}"]} if way == "argument" else {"args": make, "env": {"INPUT": folder}}
+    env = {**os.environ, **given.pop("env", {})}
+    done = subprocess.run(**given, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+
+    # Then
+    assert done.stdout.splitlines() == ["examples/demo.py", "--input", folder]
+    assert not (tmp_path / "ran").exists()
