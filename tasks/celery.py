@@ -216,8 +216,25 @@ def on_celeryd_init(**_: Any) -> None:
             app.steps["worker"].add("tasks.broadcast:Broadcast")
 
 
+def on_worker_process_init(**_: Any) -> None:
+    """A pool begins; a child of one sets its signal handlers after this, so that ours has to wait for its first job."""
+    from billiard import current_process
+
+    from tasks.stop import shield_child
+
+    if not current_process().daemon:  # the pools threads and solo run their jobs in the main process
+        return
+
+    def on_first_job(**_: Any) -> None:
+        signals.task_prerun.disconnect(on_first_job)
+        shield_child(app)
+
+    signals.task_prerun.connect(on_first_job, weak=False)
+
+
 tasks.broker.register()
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
 app = MediaTasks("media_tasks", set_as_current=False, config_source="celeryconfig")
 signals.import_modules.connect(on_import_modules, sender=app, dispatch_uid="media_tasks.import_modules", weak=False)
 signals.celeryd_init.connect(on_celeryd_init, dispatch_uid="media_tasks.celeryd_init", weak=False)
+signals.worker_process_init.connect(on_worker_process_init, dispatch_uid="media_tasks.worker_process_init", weak=False)

@@ -19,7 +19,7 @@ from kombu.utils.url import maybe_sanitize_url
 
 from db.records import PENDING, NewJob, Publication, Status, now
 from tasks import capabilities
-from tasks.arguments import check_options, due, expiry, refused
+from tasks.arguments import LONGEST_NAME, LONGEST_S, check_options, due, expiry, is_name, refused
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
@@ -91,6 +91,7 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     if parent is None and isinstance(task, Job):
         args, kwargs = task.arguments.absolute(args, kwargs)
     options["queue"] = _queue_of(app, task, name, options.get("queue"))
+    _require_json(name, args, kwargs)
     unique_key, unique_until = _uniqueness(name, args, kwargs, options)
     run_after_utc = due(name, options)
     if options.get("link"):
@@ -117,6 +118,13 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
         unique_until=unique_until,
         message={"args": args, "kwargs": kwargs, "options": _kept(options)},
     )
+
+
+def _require_json(name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+    try:
+        dumps([args, kwargs], allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise InvalidArguments(f"{name}: an argument is no JSON: {exc}") from exc
 
 
 def _with_id(step: Any, app: Any) -> Any:
@@ -276,13 +284,13 @@ def _uniqueness(
         return None, None
     if any(options.get(what) for what in ("chain", "chord", "group_id", "root_id", "parent_id")):
         raise InvalidArguments(f"{name}: unique_key and unique_for can't be used inside a canvas; submit it by itself")
-    if for_s is not None and not (isinstance(for_s, (int, float)) and 0 < for_s < float("inf")):
-        raise InvalidArguments(f"{name}: unique_for={for_s!r} must be a number of seconds above 0")
+    if for_s is not None and not (isinstance(for_s, (int, float)) and 0 < for_s <= LONGEST_S):
+        raise refused(name, "unique_for", for_s, f"a number of seconds above 0, {LONGEST_S:,} at most")
     if key is None:
         text = dumps([name, args, kwargs], sort_keys=True)
         key = f"{name}:{hashlib.sha256(text.encode()).hexdigest()}"
-    elif not isinstance(key, str) or not 0 < len(key) <= 255:
-        raise InvalidArguments(f"{name}: unique_key={key!r:.80} must be a text of 1 to 255 characters")
+    elif not is_name(key):
+        raise refused(name, "unique_key", key, f"a printable text of 1 to {LONGEST_NAME} characters")
     return key, now() + timedelta(seconds=for_s) if for_s is not None else None
 
 

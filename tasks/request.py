@@ -9,7 +9,7 @@ import logging
 import os
 from contextlib import suppress
 from datetime import timedelta
-from signal import SIGTERM
+from signal import SIGKILL, SIGTERM
 from typing import Any, Final
 
 from billiard.common import TERM_SIGNAME
@@ -124,6 +124,9 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._kill_what_it_started()
         if self.is_job:
             self._close(reason, event="released", is_death=False)
+        if self.worker_pid and self.worker_pid != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(self.worker_pid, SIGKILL)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """End the process that runs it, and what that has started.

@@ -14,6 +14,8 @@ from celery import states
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
+from kombu.exceptions import EncodeError
+from kombu.utils.json import dumps
 
 from db.records import NewJob, Status
 from tasks.errors import ResultsNotRead
@@ -39,7 +41,7 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
-        self.encode(result)  # what is no JSON fails the job as the tracer expects it, with an EncodeError
+        _require_json(result)
         if attempt is not None and not self._completed(task_id, attempt, result):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return
@@ -276,6 +278,18 @@ class JobBackend(BaseBackend):
             raise error  # Celery reads it from the stack, and only a worker's pool child has one
         except ChordError:
             self.chord_error_from_stack(body, error)
+
+
+def _require_json(result: Any) -> None:
+    """Fail what no row holds, in every database, as the tracer expects it.
+
+    Raises:
+        EncodeError: It is no JSON, or holds a number that is none.
+    """
+    try:
+        dumps(result, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise EncodeError(f"the result is no JSON: {exc}") from exc
 
 
 @contextmanager

@@ -131,6 +131,19 @@ class GracefulStop:
         os._exit(EX_OK)
 
 
+def shield_child(app: Any) -> None:
+    """In a pool child: ignore SIGTERM while it runs a job. A service manager sends it to all processes of a worker, and
+    only the main one decides whether a job may finish; it ends a child with SIGKILL.
+    """
+    exit_now = signal.getsignal(signal.SIGTERM)
+
+    def on_sigterm(signum: int, frame: Any) -> None:
+        if app.current_worker_task is None and callable(exit_now):
+            exit_now(signum, frame)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
 @control_command(visible=False)  # type: ignore[untyped-decorator, unused-ignore]
 def shutdown(state: Any, msg: str = "", **_: Any) -> None:  # noqa: ARG001 (Celery's signature)
     """Flower's button and `app.control.shutdown()`: in Celery's own way the lease would go before the jobs end."""

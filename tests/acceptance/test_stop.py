@@ -89,6 +89,17 @@ def test_a_second_signal_gives_running_jobs_back(own, task, tmp_path, pool):
     assert own.events(job) == ["created", "claimed", "started", "released"]
 
 
+def test_a_job_that_outlasts_the_grace_is_given_back_by_a_whole_group_that_is_stopped(own, task, tmp_path):
+    worker = own.start_worker("--concurrency=1", env={"SHUTDOWN_GRACE_S": 1})
+    job = running_job(own, task, tmp_path, 30.0)
+
+    os.killpg(worker.pid, signal.SIGTERM)
+
+    assert worker.wait(15) == 0
+    assert own.events(job) == ["created", "claimed", "started", "released"]
+    eventually(lambda: not worker.leftovers(), 5)
+
+
 def test_sigquit_gives_running_jobs_back_and_another_worker_runs_them(own, task, tmp_path):
     worker = own.start_worker("--concurrency=1")
     job = running_job(own, task, tmp_path, 6.0)
@@ -138,12 +149,13 @@ def test_a_worker_stops_while_the_database_is_locked_and_the_job_ends_elsewhere(
     assert own.app.store.jobs(status="running") == []
 
 
-def test_children_do_not_take_the_signal_of_the_terminal_for_theirs(own, task, tmp_path):
-    """Ctrl+C goes to the whole process group: the job finishes, since only the main process decides."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_children_do_not_take_the_signal_of_their_group_for_theirs(own, task, tmp_path, signum):
+    """Terminals and service managers signal the whole process group: the job finishes, as the main process decides."""
     worker = own.start_worker("--concurrency=1")
     job = running_job(own, task, tmp_path, 2.0)
 
-    os.killpg(worker.pid, signal.SIGINT)
+    os.killpg(worker.pid, signum)
 
     assert worker.wait() == 0
     assert own.events(job) == COMPLETED

@@ -113,6 +113,20 @@ def test_a_unique_job_that_could_not_be_sent_is_sent_by_the_second_try(producer,
     assert [job_id for job_id, _ in publications(producer, "add")] == ["mine"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}], ids=repr)
+def test_arguments_that_are_no_json_are_refused(producer, add, value):
+    with pytest.raises(InvalidArguments, match=r"^add: an argument is no JSON"):
+        add.delay(1, value)
+
+    assert producer.app.store.jobs() == []
+
+
+@pytest.mark.parametrize("options", [{"unique_key": "a\0b"}, {"unique_key": "\udcff"}, {"unique_for": 1e20}], ids=repr)
+def test_a_key_that_no_row_can_hold_is_refused(producer, add, options):
+    with pytest.raises(InvalidArguments, match="must be a"):
+        add.apply_async((1, 1), **options)
+
+
 def test_a_queue_that_is_no_text_is_refused_as_an_unknown_one(producer, add):
     with pytest.raises(UnknownQueue, match="no worker serves the queue 5"):
         add.apply_async((1, 1), queue=5)

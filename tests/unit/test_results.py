@@ -6,6 +6,7 @@ from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult, ResultSet
+from kombu.exceptions import EncodeError
 
 from db.records import Failure, NewJob, Status
 from tasks.errors import LimitExceeded
@@ -32,6 +33,16 @@ def result(producer, job):
 
 def end(store, job, status, exc, attempt=None):
     assert store.end(job, status, describe(exc), attempt=attempt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")], {1, 2}], ids=repr)
+def test_a_result_that_no_database_holds_is_not_written(producer, store, job, value):
+    attempt = claim(store, job).attempt
+
+    with pytest.raises(EncodeError, match="the result is no JSON"):
+        producer.app.backend.mark_as_done("job-1", value, Context(id="job-1", task="add", attempt=attempt))
+
+    assert store.job("job-1")["status"] == "running"
 
 
 def test_an_unknown_job_is_pending(producer):
