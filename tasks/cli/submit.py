@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tasks.cli.app import ParamType, app_of, readable_errors
-from tasks.cli.text import console_for, printable
+from tasks.cli.text import clock, console_for, printable, remark
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
 
     from tasks.job import Job
 
-LOOK_FOR_WORKERS_EVERY_S = 2.0
+LOOK_EVERY_S = 2.0
 
 
 class _Capabilities(click.Group):
@@ -67,8 +67,8 @@ def _command_of(task: "Job") -> click.Command:
                 _wait(task, result, job_timeout)
                 return
             click.echo(result.id)
-            if not _has_worker(task):
-                click.echo(f"queued; {_no_worker(task)}", err=True)
+            if why := _why_it_waits(task):
+                remark(f"queued; {why}")
 
     return click.Command(task.name, params=parameters, callback=run, help=summary)
 
@@ -243,11 +243,21 @@ def _wait(task: "Job", result: "AsyncResult", timeout_s: float | None) -> None:
         raise click.ClickException(
             f"{result.id} {row['status']}: {row['error_type']}: {printable(row['error_message'])}"
         )
-    click.echo(json.dumps(value, indent=2))
+    click.echo(_as_json(value))
+
+
+def _as_json(value: Any) -> str:
+    """A result as its row holds it: what JSON has no type for (bytes, times), with its type beside it."""
+    from kombu.utils.json import dumps
+
+    return str(dumps(value, indent=2))
 
 
 def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> Any:
-    """The job's result, or its error, once it has ended; a bar on stderr shows the way there."""
+    """The job's result, or its error, once it has ended; a bar on stderr shows the way there.
+
+    Why it waits stands beside the bar; where that is no terminal, on a line of its own, as soon as it is known.
+    """
     import time
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -259,20 +269,25 @@ def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> An
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console_for(click.get_current_context(), stderr=True)) as bars:
+    console = console_for(click.get_current_context(), stderr=True)
+    with Progress(*columns, console=console) as bars:
         bar = bars.add_task(task.name, total=100)
-        looked_at = time.monotonic()
+        look_at, why = 0.0, ""
 
         def show() -> None:
-            nonlocal looked_at
+            nonlocal look_at, why
             row = store.job(result.id)
             if row is None:
                 return
-            bars.update(bar, completed=row["progress"], description=f"{task.name} {row['status']}")
-            if row["status"] == "queued" and time.monotonic() - looked_at > LOOK_FOR_WORKERS_EVERY_S:
-                looked_at = time.monotonic()
-                if not _has_worker(task):
-                    bars.update(bar, description=f"{task.name} queued; {_no_worker(task)}")
+            if row["status"] != "queued":
+                why = ""
+            elif time.monotonic() >= look_at:
+                before, why = why, _why_it_waits(task)
+                look_at = time.monotonic() + LOOK_EVERY_S
+                if why and why != before and not console.is_terminal:
+                    remark(f"queued; {why}")
+            state = f"{row['status']}; {why}" if why else row["status"]
+            bars.update(bar, completed=row["progress"], description=printable(f"{task.name} {state}"))
 
         try:
             return result.get(timeout=timeout_s, on_interval=show, propagate=False)
@@ -280,11 +295,16 @@ def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> An
             show()
 
 
-def _has_worker(task: "Job") -> bool:
-    return not task.app.is_recorded(task.name) or any(
-        task.name in worker["capabilities"] for worker in task.app.live_workers()
-    )
-
-
-def _no_worker(task: "Job") -> str:
-    return f"no live worker serves {task.name}: celery -A tasks worker -Q {task.name}"
+def _why_it_waits(task: "Job") -> str:
+    """What keeps its queue from being served; empty when nothing does, or nobody knows."""
+    if not task.app.is_recorded(task.name):
+        return ""
+    reasons = []
+    if not any(task.name in worker["capabilities"] for worker in task.app.live_workers()):
+        reasons.append(f"no live worker serves {task.name}: celery -A tasks worker -Q {task.name}")
+    for pause in task.app.store.paused():
+        if pause["queue"] == task.name:
+            until = f" until {clock(pause['paused_until'])}" if pause["paused_until"] else ""
+            reason = f" ({pause['reason']})" if pause["reason"] else ""
+            reasons.append(f"it is paused{until}{reason}: celery -A tasks queues resume {task.name}")
+    return "; ".join(reasons)

@@ -134,7 +134,7 @@ def submitted(commands, monkeypatch):
     """`submitted(function, *arguments)`: what the command of a capability with this declaration would submit."""
 
     def run(function: Any, *arguments: str) -> Any:
-        task = commands.app.task(function, bind=False, name=f"x_{function.__name__}")
+        task = commands.app.task(function, bind=False, shared=False, name=f"x_{function.__name__}")
         sent: list[Any] = []
 
         def apply_async(args, kwargs, priority):
@@ -142,7 +142,7 @@ def submitted(commands, monkeypatch):
             return SimpleNamespace(id="some-id")
 
         monkeypatch.setattr(task, "apply_async", apply_async)
-        monkeypatch.setattr(submit, "_has_worker", lambda _task: True)
+        monkeypatch.setattr(submit, "_why_it_waits", lambda _task: "")
         context = SimpleNamespace(app=commands.app, no_color=False)
         result = CliRunner().invoke(submit._command_of(task), arguments, obj=context)
         return sent[0] if result.exit_code == 0 and sent else result
@@ -246,11 +246,48 @@ def test_ctrl_c_while_waiting_leaves_the_job_and_says_so(commands, monkeypatch):
         submit._wait(task, SimpleNamespace(id="some-id"), None)
 
 
-def test_a_waiting_terminal_is_told_that_no_worker_serves_the_job(celery, photo, monkeypatch):
-    done = celery("submit", "image_resize", photo, "out.webp", "--width", 80, "--wait", "--timeout", 3)
+NO_WORKER = "no live worker serves image_resize: celery -A tasks worker -Q image_resize"
 
-    assert done.returncode == 1
-    assert "image_resize queued; no live worker serves image_resize" in done.stderr
+
+def test_who_waits_in_a_pipe_is_told_at_once_and_once_that_no_worker_serves_the_job(celery, photo):
+    arguments = ("submit", "image_resize", photo, "out.webp", "--width", 80, "--wait", "--timeout")
+
+    for timeout_s in (0.2, submit.LOOK_EVERY_S + 0.5):
+        lines = celery(*arguments, timeout_s).stderr.splitlines()
+
+        assert lines[0] == f"queued; {NO_WORKER}"
+        assert lines.count(lines[0]) == 1
+        assert lines[1].startswith(f"image_resize queued; {NO_WORKER} ")
+
+
+def test_who_waits_in_a_terminal_is_told_beside_the_bar(celery, photo):
+    shown = {"TTY_COMPATIBLE": 1, "COLUMNS": 200}
+
+    done = celery("submit", "image_resize", photo, "out.webp", "--width", 80, "--wait", "--timeout", 0.5, env=shown)
+
+    assert f"image_resize queued; {NO_WORKER}" in done.stderr
+    assert f"\nqueued; {NO_WORKER}" not in done.stderr
+
+
+@pytest.mark.parametrize("waits", [(), ("--wait", "--timeout", "0.2")])
+def test_a_paused_queue_is_said_at_once(celery, photo, waits):
+    celery("queues", "pause", "image_resize", "--reason", "new disk")
+
+    done = celery("submit", "image_resize", photo, "out.webp", "--width", 80, *waits)
+
+    said = f"queued; {NO_WORKER}; it is paused (new disk): celery -A tasks queues resume image_resize"
+    assert done.stderr.splitlines()[0] == said
+
+
+def test_a_result_that_is_no_json_is_printed_with_its_type(commands, monkeypatch, capsys):
+    commands.claim(job := commands.job("some-id"))
+    commands.store.complete(job.job_id, 1, None)
+    monkeypatch.setattr(submit, "_followed", lambda *_: {"digest": b"\xff\0"})
+    task = SimpleNamespace(app=commands.app, name="image_resize")
+
+    submit._wait(task, SimpleNamespace(id="some-id"), None)
+
+    assert json.loads(capsys.readouterr().out) == {"digest": {"__type__": "base64", "__value__": "/wA="}}
 
 
 def test_a_job_submitted_before_its_worker_starts_is_done_when_it_comes(celery, run_worker, photo, tmp_path):
