@@ -11,7 +11,7 @@ from tasks.cli.control import cancel_jobs, replay_jobs, retry_jobs
 from tasks.cli.filters import unknown_task
 from tasks.cli.ids import job_row
 from tasks.cli.story import explain_job
-from tasks.cli.text import as_json, clock, console_for, cut, echo_json, printable, remark, shown, table_for
+from tasks.cli.text import abridged, as_json, clock, console_for, cut, echo_json, printable, remark, shown, table_for
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -112,7 +112,7 @@ def _print_table(ctx: click.Context, rows: Sequence[Any]) -> None:
         ]
         if is_wide:
             cells += [str(row["attempt"]), cut(row["claimed_by"] or "")]
-        table.add_row(*cells, cut(_note(row, is_wide)))
+        table.add_row(*cells, cut(abridged(printable(_note(row, is_wide)))))
     console.print(table, markup=False)
 
 

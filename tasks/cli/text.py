@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 UNLIMITED_COLUMNS = 10_000
+LONGEST_CELL = 200
 
 
 def console_for(ctx: click.Context, *, stderr: bool = False) -> "Console":
@@ -52,6 +53,14 @@ def cut(text: str) -> "Text":
     from rich.text import Text
 
     return Text(printable(text), no_wrap=True, overflow="ellipsis")
+
+
+def abridged(text: str) -> str:
+    """Free text of a length that a table bears without a terminal, too: what gives way is its middle, since a reason
+    begins with its kind and ends with its remedy.
+    """
+    half = LONGEST_CELL // 2
+    return text if len(text) <= LONGEST_CELL else f"{text[:half]}\N{HORIZONTAL ELLIPSIS}{text[1 - half :]}"
 
 
 def line(*parts: str) -> str:

@@ -88,6 +88,19 @@ def test_a_pipe_gets_every_job_on_one_whole_line(every_status):
     assert lines[1].split()[:2] == ["x" * 200, "a_capability_with_a_very_long_name_indeed"]
 
 
+def test_a_pipe_gets_of_a_long_reason_its_kind_and_its_remedy_and_json_has_it_all(every_status):
+    reason = f"/{'deep/' * 1200}in.jpg can't be decoded as jpeg; upload it again"
+    every_status.claim(job := every_status.job("long"))
+    every_status.store.end(job, Status.FAILED, Failure(error_type="CorruptMedia", error_message=reason), attempt=1)
+
+    lines = lines_of(every_status.run(jobs, "list"))
+    row = json.loads(lines_of(every_status.run(jobs, "list", "--json"))[0])
+
+    assert max(map(len, lines)) < 400
+    assert re.search(r" CorruptMedia: /deep/.*….*/in\.jpg can't be decoded as jpeg; upload it again *$", lines[1])
+    assert row["error_message"] == reason
+
+
 def test_a_long_task_name_gives_way_before_ids_and_statuses_do(every_status):
     every_status.job("4444dddd-long", task_type="a_capability_with_a_very_long_name_indeed_and_more")
 
