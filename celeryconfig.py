@@ -8,7 +8,7 @@ _settings = settings()
 
 broker_url = _settings.broker_url
 broker_connection_retry_on_startup = True
-result_backend = "tasks.results:JobBackend" if _settings.mirror else "disabled"
+result_backend = "tasks.celery:result_backend" if _settings.mirror else "disabled"
 
 # JSON only: a pickle in a message would run code.
 task_serializer = "json"

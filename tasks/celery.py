@@ -3,9 +3,12 @@
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from runpy import run_path
+from typing import Any, Final, TypeVar
 
 from celery import Celery, signals
+from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.json import dumps, loads
 from kombu.utils.objects import cached_property
@@ -19,6 +22,17 @@ from tasks.settings import Settings, settings
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+CONFIGURATION: Final = "celeryconfig"
+
+
+class OwnLoader(AppLoader):  # type: ignore[misc, unused-ignore]
+    """Reads our own `celeryconfig`, whichever other one a host project has on the path before it."""
+
+    def config_from_object(self, obj: Any, silent: bool = False) -> Any:
+        if obj == CONFIGURATION:
+            obj = run_path(str(Path(__file__).parents[1] / f"{CONFIGURATION}.py"))
+        return super().config_from_object(obj, silent)
+
 
 class MediaTasks(Celery):
     """Celery, with a job table: `send_task` writes the row before the broker sees the job.
@@ -27,10 +41,17 @@ class MediaTasks(Celery):
     """
 
     task_cls = "tasks.job:Job"
+    loader_cls = OwnLoader
     control_cls = "tasks.control:RecordedControl"
     lease: str | None = None
     """Names this worker's lease, in its main process and in its pool children; see `tasks.leases`."""
     _is_loaded = False
+
+    @property
+    def current_worker_task(self) -> Any:
+        """As Celery's. A task of another app is none of ours: what it submits comes from a producer."""
+        task = super().current_worker_task
+        return task if task is not None and task.app is self else None
 
     @cached_property
     def settings(self) -> Settings:
@@ -77,7 +98,7 @@ class MediaTasks(Celery):
             return
         server_dir = self.settings.server_dir
         try:
-            server_dir.mkdir(parents=True, exist_ok=True)
+            server_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # arguments and results are the user's
         except OSError as exc:
             unmade = (
                 f"CL_SERVER_DIR: {server_dir} can't be made ({exc.strerror}); set it to one that this user may write"
@@ -200,6 +221,16 @@ def _for_people(exc: SettingsError) -> Exception:
     return exc
 
 
+def result_backend(**options: Any) -> Any:
+    """The job table as a result backend; it is our app's for a process without one, too, whose `AsyncResult(id)` finds
+    our settings.
+    """
+    from tasks.results import JobBackend
+
+    is_ours = isinstance(options["app"], MediaTasks)
+    return JobBackend(**(options if is_ours else options | {"app": app}))
+
+
 def on_import_modules(**_: Any) -> None:
     """Celery's worker and commands import what they need now."""
     app.load_capabilities()
@@ -234,7 +265,7 @@ def on_worker_process_init(**_: Any) -> None:
 
 tasks.broker.register()
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
-app = MediaTasks("media_tasks", set_as_current=False, config_source="celeryconfig")
+app = MediaTasks("media_tasks", set_as_current=False, config_source=CONFIGURATION)
 signals.import_modules.connect(on_import_modules, sender=app, dispatch_uid="media_tasks.import_modules", weak=False)
 signals.celeryd_init.connect(on_celeryd_init, dispatch_uid="media_tasks.celeryd_init", weak=False)
 signals.worker_process_init.connect(on_worker_process_init, dispatch_uid="media_tasks.worker_process_init", weak=False)

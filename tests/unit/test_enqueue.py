@@ -4,12 +4,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from celery import chain, chord, group
+from celery import Celery, chain, chord, group
 from kombu.exceptions import OperationalError
 
 from tasks.errors import InvalidArguments, PathNotAllowed, UnknownQueue, UnknownTask
 from tests.acceptance.deployment import deployed
-from tests.unit.jobs import messages
+from tests.unit.jobs import messages, run
 
 
 @pytest.fixture
@@ -18,6 +18,24 @@ def task(producer):
 
 
 # Row, then broker
+
+
+def test_a_task_of_another_app_submits_as_any_producer_does(producer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    host = Celery("host", set_as_current=False)
+    seen = []
+
+    @host.task
+    def upload():
+        seen.append(producer.task.image_resize.delay("in.jpg", "out.webp", width=9))
+        with pytest.raises(InvalidArguments, match="width"):
+            producer.task.image_resize.delay("in.jpg", "out.webp", width=0)
+
+    assert run(upload, "host-1") is None
+    (job,) = seen
+    row = producer.row(job)
+    assert row["parameters"]["input"] == str(tmp_path / "in.jpg")
+    assert (row["root_id"], row["parent_id"]) == (job.id, None)
 
 
 def test_a_job_has_its_row_and_one_message_with_the_rows_publication(producer, task):

@@ -31,6 +31,29 @@ def test_a_producers_import_loads_no_engine_and_no_database_library(statement):
     assert [name for name in (*ENGINES, "sqlalchemy", "alembic", "psycopg") if name in loaded] == []
 
 
+FOREIGN = "broker_url = 'redis://nowhere'\nresult_backend = 'file:///nowhere'\n"
+
+
+def test_a_host_projects_own_celery_settings_are_not_ours(tmp_path):
+    (tmp_path / "celeryconfig.py").write_text(FOREIGN)
+    host = "import celeryconfig; from celery import Celery; host = Celery(); host.config_from_object('celeryconfig')"
+    ask = "from tasks import app; print(app.conf.broker_url, app.conf.result_backend, host.conf.broker_url)"
+
+    said = run(f"{host}\n{ask}", PYTHONPATH=f"{tmp_path}:{REPOSITORY}", CL_SERVER_DIR=str(tmp_path))
+
+    assert said.split() == [f"sqlite:///{tmp_path}/broker.db", "tasks.celery:result_backend", "redis://nowhere"]
+
+
+def test_a_result_is_read_by_its_id_alone(tmp_path):
+    submit = "from tasks import image_resize; print(image_resize.delay('/in.jpg', '/out.jpg', width=9).id)"
+    job_id = run(submit, CL_SERVER_DIR=str(tmp_path)).strip()
+
+    read = f"from celery.result import AsyncResult; print(AsyncResult({job_id!r}).state)"
+    assert run(read, CL_SERVER_DIR=str(tmp_path)).strip() == "PENDING"
+    cancel = f"from tasks import control; control.cancel({job_id!r})"
+    assert run(f"{cancel}\n{read}", CL_SERVER_DIR=str(tmp_path)).strip() == "REVOKED"
+
+
 AUDIT = """
 import sys
 seen = []
