@@ -52,18 +52,29 @@ class Arguments:
     def absolute(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Make relative paths absolute against this process's directory.
 
-        A positional argument counts as a path if the parameter at its place or at the next one is, since a chain
-        puts the previous result before it.
+        Where arguments are missing, a positional one counts as a path also if the parameter after its own is one:
+        a chain puts the previous result before it.
+
+        Raises:
+            InvalidArguments: A path begins with a `~` of somebody who has no home.
         """
         names = [name for name, parameter in self.parameters.items() if parameter.kind in _POSITIONAL]
+        places = 1 if self._is_whole(args, kwargs) else 2
 
         def is_path(index: int) -> bool:
-            return any(name in self.paths for name in names[index : index + 2] or names[-1:])
+            return any(name in self.paths for name in names[index : index + places] or names[-1:])
 
         return (
             [_absolute(value) if is_path(index) else value for index, value in enumerate(args)],
             {name: _absolute(value) if name in self.paths else value for name, value in kwargs.items()},
         )
+
+    def _is_whole(self, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
 
     def input_megabytes(self, parameters: Mapping[str, Any]) -> float:
         """The size of the inputs that can be seen from here."""
@@ -129,7 +140,10 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str) and value and "://" not in value:
-        return str(Path(value).expanduser().absolute())
+        try:
+            return str(Path(value).expanduser().absolute())
+        except RuntimeError as exc:
+            raise InvalidArguments(f"{value!r:.200}: {exc}; give an absolute path") from exc
     return value
 
 

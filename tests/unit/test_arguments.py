@@ -37,6 +37,20 @@ def test_the_home_directory_is_expanded_and_urls_stay_as_they_are(taken, tmp_pat
     assert args == [f"{tmp_path}/in.jpg", "s3://bucket/out.jpg"]
 
 
+def label(label: str, input: InputPath) -> None: ...  # noqa: A002
+
+
+def test_text_that_is_no_path_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert Arguments("label", label).absolute(["cat", "a.jpg"], {})[0] == ["cat", f"{tmp_path}/a.jpg"]
+
+
+def test_the_home_of_nobody_is_refused(taken):
+    with pytest.raises(InvalidArguments, match=r"'~no-such-user/in.jpg': .*; give an absolute path"):
+        taken.absolute(["~no-such-user/in.jpg", "/out.jpg"], {})
+
+
 def test_in_a_chain_the_output_comes_first_and_is_a_path_all_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_path = Arguments("probe", lambda previous, output: None)
