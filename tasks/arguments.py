@@ -21,6 +21,11 @@ _POSITIONAL: Final = (
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
     inspect.Parameter.VAR_POSITIONAL,
 )
+_FORMS: Final[dict[Any, str]] = {
+    inspect.Parameter.KEYWORD_ONLY: "{}=",
+    inspect.Parameter.VAR_POSITIONAL: "*{}",
+    inspect.Parameter.VAR_KEYWORD: "**{}",
+}
 InputPath = Annotated[str, _PATH, "input"]
 """A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
 OutputPath = Annotated[str, _PATH, "output"]
@@ -93,12 +98,16 @@ class Arguments:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as exc:
-            raise InvalidArguments(f"{self._name}: {exc}; it takes {', '.join(self.parameters)}") from exc
+            raise InvalidArguments(f"{self._name}: {exc}; it takes {self._taken()}") from exc
         for name in self.paths & bound.arguments.keys():
             value = bound.arguments[name]
             is_many = self.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
             bound.arguments[name] = tuple(_path(name, one) for one in value) if is_many else _path(name, value)
         return bound
+
+    def _taken(self) -> str:
+        """`input, output, width=, height=`: how each one is given."""
+        return ", ".join(_FORMS.get(taken.kind, "{}").format(name) for name, taken in self.parameters.items())
 
     def by_name(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a message by name, as far as they fit."""
