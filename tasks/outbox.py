@@ -96,7 +96,7 @@ class _Cursor(ABC):
         database = store.database
         if self.is_sqlite:  # asked of the caller's connection alone: it may hold the write lock already
             path = self.scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
-            is_same = database.path is not None and bool(path) and Path(path).samefile(database.path)
+            is_same = bool(path) and database.path is not None and Path(path).resolve() == database.path.resolve()
         else:
             identity = None if database.is_sqlite else store.identity()  # made by the first call, so before the look
             is_same = identity is not None and self.scalar(_HAS_TABLES) and self.scalar(_IDENTITY) == identity

@@ -185,7 +185,8 @@ class Reconciler:
         # No paging here: the same jobs have to be seen twice, and those published again make room for the next.
         unheld = {(row["job_id"], row["publication"]): row for row in rows if row["job_id"] not in reserved}
         # A worker may have reserved as many as it has slots since its last heartbeat.
-        slots = sum(worker["concurrency"] for worker in self._app.live_workers())
+        live = self._app.live_workers()
+        slots = sum(worker["concurrency"] for worker in live if queue in worker["capabilities"])
         waiting = jobs - (len(rows) - len(unheld))
         is_short = bool(unheld) and (ready == 0 or waiting - ready > slots)
         return look.again(unheld, is_short=is_short)

@@ -167,6 +167,7 @@ def test_as_many_as_the_workers_have_slots_may_have_been_reserved_since(
 ):
     settled(app, *[add.delay(n, n) for n in range(3)])
     app.store.heartbeat(beat_of("w1", concurrency=slots))
+    app.store.heartbeat(beat_of("w2", concurrency=50, capabilities=["fail"]))
     counting.count = 1
 
     found(reconciler)
