@@ -68,7 +68,9 @@ class Transport(virtual.Transport):
 
     def establish_connection(self) -> Any:
         if self.path == Path("/"):
-            raise BrokerUnusable("The broker URL names no file; write sqlite:////absolute/path/broker.db")
+            raise BrokerUnusable(
+                "The broker URL (CELERY_BROKER_URL) names no file; write sqlite:////absolute/path/broker.db"
+            )
         self.store.open()
         return super().establish_connection()
 

@@ -11,7 +11,7 @@ import pytest
 from kombu.asynchronous.hub import Hub
 from kombu.exceptions import ChannelError
 
-from tasks.broker.errors import BrokerReplaced
+from tasks.broker.errors import BrokerReplaced, BrokerUnusable
 from tasks.broker.lease import is_held
 from tests.tooling.waiting import eventually
 
@@ -55,6 +55,13 @@ def bodies(messages):
 
 
 @pytest.mark.parametrize("slashes", ["absolute", "relative"])
+@pytest.mark.parametrize("url", ["sqlite://rel.db", "sqlite://"])
+def test_an_url_that_names_no_file_is_refused_with_its_variable_and_an_example(url):
+    said = r"\(CELERY_BROKER_URL\) names no file; write sqlite:////absolute/path/broker\.db"
+    with kombu.Connection(url) as connection, pytest.raises(BrokerUnusable, match=said):
+        connection.connect()
+
+
 def test_the_url_names_the_file(tmp_path, monkeypatch, slashes):
     monkeypatch.chdir(tmp_path)
     url = f"sqlite:///{tmp_path}/named.db" if slashes == "absolute" else "sqlite:///named.db"
