@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
 RELOCK = .venv/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 
-.PHONY: help .venv demo test lint slow mqtt conformance chaos bench lock clean
+.PHONY: help .venv demo test lint slow mqtt storm conformance chaos bench lock clean
 
 help: ## Show this list
 	@grep -E '^[.a-z]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -32,6 +32,9 @@ slow: .venv/.dev ## Run the slow tests: workers that are killed and stopped in e
 
 mqtt: .venv/.dev ## Run the slow tests against real Mosquittos: wills, outages, TLS, long runs
 	@.venv/bin/python -m pytest -m slow tests/mqtt $(ARGS)
+
+storm: .venv/.dev ## Run the short storms over RabbitMQ and Redis; `make test` has the one over the embedded broker
+	@.venv/bin/python -m pytest -m storm $(ARGS)
 
 conformance: .venv/.dev ## Run kombu's own transport conformance classes on the embedded broker
 	@.ci/conformance.sh
