@@ -54,7 +54,6 @@ def bodies(messages):
     return [message.payload for message in messages]
 
 
-@pytest.mark.parametrize("slashes", ["absolute", "relative"])
 @pytest.mark.parametrize("url", ["sqlite://rel.db", "sqlite://"])
 def test_an_url_that_names_no_file_is_refused_with_its_variable_and_an_example(url):
     said = r"\(CELERY_BROKER_URL\) names no file; write sqlite:////absolute/path/broker\.db"
@@ -62,6 +61,7 @@ def test_an_url_that_names_no_file_is_refused_with_its_variable_and_an_example(u
         connection.connect()
 
 
+@pytest.mark.parametrize("slashes", ["absolute", "relative"])
 def test_the_url_names_the_file(tmp_path, monkeypatch, slashes):
     monkeypatch.chdir(tmp_path)
     url = f"sqlite:///{tmp_path}/named.db" if slashes == "absolute" else "sqlite:///named.db"
