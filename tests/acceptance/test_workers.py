@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from tests.acceptance.conftest import DEPLOYMENT
-from tests.acceptance.deployment import REPOSITORY, deployed
+from tests.acceptance.deployment import REPOSITORY, deployed, lines
 from tests.services import free_port
 from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
@@ -232,3 +232,17 @@ def test_a_revoke_from_flower_writes_the_row(deployment, json_worker, flower, tm
     assert deployment.wait_for(job, "cancelled")["error_type"] == "TaskRevokedError"
     blocker.get(**GET)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(("strategy", "order"), [("note=LIFO", "cba"), ("note=FIFO", "abc"), ("*=PRIORITY", "bac")])
+def test_a_worker_takes_jobs_in_the_order_that_is_set(server_dir, tmp_path, strategy, order):
+    with deployed(server_dir, tmp_path, {"QUEUE_STRATEGY": strategy}) as own:
+        jobs = [
+            own.task.note.apply_async((str(tmp_path / "runs"), name), priority=9 if name == "b" else 5)
+            for name in "abc"
+        ]
+        own.start_worker("--concurrency=1", "-Q", "note")
+        for job in jobs:
+            job.get(timeout=20)
+
+    assert [line.split()[-1] for line in lines(tmp_path / "runs", "begin")] == list(order)
