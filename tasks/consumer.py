@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from celery.app.task import Context
 from celery.concurrency.asynpool import AsynPool
+from celery.platforms import EX_FAILURE
 from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db.records import Status, now
 from tasks import capabilities
 from tasks.arguments import is_name
+from tasks.broker.errors import BrokerUnusable
 from tasks.errors import PermanentError, UnknownTask
 from tasks.job import Job
 from tasks.rows import job_of_request
@@ -34,6 +36,14 @@ class MalformedMessage(PermanentError):
 
 class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
     """Hands on what can be run, refuses the rest."""
+
+    def start(self) -> None:
+        """As Celery's; a broker's file that no waiting makes usable ends the worker in one line."""
+        try:
+            super().start()
+        except BrokerUnusable as exc:
+            logger.critical("%s", exc)
+            raise SystemExit(EX_FAILURE) from exc
 
     def on_close(self) -> None:
         """As Celery's, when the connection is lost. By itself it ends or blocks a worker whose child has died, too:

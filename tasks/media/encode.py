@@ -6,6 +6,11 @@ from typing import Any
 from tasks.media.decode import engine, pillow_plugin
 from tasks.media.formats import Format
 
+# From effort 3 on libwebp holds all tokens of a picture: 145 MB for a grainy one of 24 Mpx, which at 2 it does without,
+# for 13 % more bytes of a smooth one and 3 % fewer of a grainy one.
+_WEBP_EFFORT = 4
+_WEBP_EFFORT_LARGE = 2
+_WEBP_LARGE_PX = 8_000_000
 _AVIF_EFFORT = 3  # a fifth of the time of libvips' 4, for 8 % more bytes at the same error
 
 
@@ -22,13 +27,17 @@ def encode(
     per_format: dict[str, dict[str, Any]] = {
         "jpeg": {"Q": quality},
         "png": {},
-        "webp": {"Q": quality, "lossless": lossless},
+        "webp": {"Q": quality, "lossless": lossless, "effort": _webp_effort(image)},
         "avif": {"Q": quality, "lossless": lossless, "compression": "av1", "effort": _AVIF_EFFORT},
         "tiff": {"compression": "deflate", "predictor": "horizontal"},
         "gif": {},
     }
     save = {"avif": "heifsave_target"}.get(target.name, f"{target.name}save_target")
     getattr(image, save)(engine().Target.new_to_descriptor(fd), keep=keep, **per_format[target.name])
+
+
+def _webp_effort(image: Any) -> int:
+    return _WEBP_EFFORT_LARGE if image.width * image.height > _WEBP_LARGE_PX else _WEBP_EFFORT
 
 
 def _encode_with_pillow(image: Any, fd: int, target: Format, *, quality: int, lossless: bool, keep: str) -> None:

@@ -124,3 +124,15 @@ def test_no_command_of_another_app_pays_for_ours():
     imported = json.loads(done.stdout)
     assert "tasks.cli.jobs" in imported
     assert [name for name in imported if name in HEAVY or name.startswith(HEAVY_PACKAGES)] == []
+
+
+@pytest.mark.parametrize(
+    ("url", "said"), [(None, "it is no SQLite database"), ("sqlite://rel.db", "CELERY_BROKER_URL")]
+)
+def test_a_broker_that_no_waiting_makes_usable_ends_the_worker_in_one_line(celery, server_dir, url, said):
+    (server_dir / "broker.db").write_bytes(b"x" * 20_000)
+    done = celery("worker", "-c1", env={"CELERY_BROKER_URL": url} if url else {})
+
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
