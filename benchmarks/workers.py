@@ -33,10 +33,11 @@ def worker(
 
 
 def settings(folder: Path, **more: str) -> dict[str, str]:
-    """The environment of workers and producers of `tasks`: a server directory of their own."""
+    """The environment of workers and producers of `tasks`: a server directory and MQTT topics of their own."""
     forget_host_settings()
     folder.mkdir(exist_ok=True)
-    return {"CL_SERVER_DIR": str(folder), **more}
+    topics = {"MQTT_TOPIC": "media-tasks-bench/events", "CAPABILITY_TOPIC_PREFIX": "media-tasks-bench/workers"}
+    return {"CL_SERVER_DIR": str(folder), **topics, **more}
 
 
 def redis_server() -> RedisServer | None:

@@ -14,7 +14,7 @@ from functools import partial
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-from benchmarks.figures.resize import _jobs, fresh
+from benchmarks.figures.resize import finish_jobs, fresh
 from benchmarks.measure import Options, Peer, Row, interleaved, percentile, ratio_row, skipped
 from benchmarks.photos import photos
 from benchmarks.workers import settings, worker
@@ -83,7 +83,7 @@ def _resizing(options: Options, name: str, **more: str) -> Iterator[Run]:
     environment = settings(options.folder / f"mqtt-{name}", **more)
     with worker("tasks", options, environment, queues="image_resize"), Peer(environment) as producer:
         outputs = options.folder / f"mqtt-{name}-outputs"
-        yield lambda images: float(producer.run(_jobs, images, fresh(outputs), SIZE_PX, True))
+        yield lambda images: float(producer.run(finish_jobs, images, fresh(outputs), SIZE_PX, True))
 
 
 def _rested(run: Run, images: list[str]) -> float:

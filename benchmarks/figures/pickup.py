@@ -2,10 +2,12 @@
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.measure import Options, Peer, Row, percentile
 from benchmarks.workers import settings, worker
+from tests.services import HOST, PrivateMosquitto, ServiceMissing
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import Worker
 
@@ -18,14 +20,25 @@ def measure(options: Options) -> list[Row]:
     broker = {"BENCH_BROKER": f"sqlite:///{options.folder / 'broker.db'}"}
     with worker("benchmarks.apps.plain", options, broker), Peer(broker) as producer:
         alone = producer.run(_latencies_ms_of_tasks, count, str(options.folder))
-    recorded = settings(options.folder / "recorded")
-    with (
-        worker("benchmarks.apps.recorded", options, recorded, queues="tell_job_time") as running,
-        Peer(recorded) as producer,
-    ):
+    with ExitStack() as stack:
+        mqtt = _told_to_mosquitto(stack)
+        recorded = settings(options.folder / "recorded", **mqtt)
+        running = stack.enter_context(worker("benchmarks.apps.recorded", options, recorded, queues="tell_job_time"))
+        producer = stack.enter_context(Peer(recorded))
         of_jobs = producer.run(_latencies_ms_of_jobs, count)
-        idle = _idle_row(running, 5.0 if options.is_quick else 20.0)
+        idle = _idle_row(running, 5.0 if options.is_quick else 30.0, "and tells MQTT" if mqtt else "without MQTT")
     return [_row("the embedded broker alone", alone), _row("a job with its row", of_jobs), idle]
+
+
+def _told_to_mosquitto(stack: ExitStack) -> dict[str, str]:
+    """The settings of a worker that tells a Mosquitto of its own; none where there is no Mosquitto."""
+    try:
+        broker = PrivateMosquitto()
+    except ServiceMissing:
+        return {}
+    stack.callback(broker.remove)
+    broker.start()
+    return {"MQTT_BROKER": HOST, "MQTT_PORT": str(broker.port)}
 
 
 def _row(what: str, latencies_ms: list[float]) -> Row:
@@ -40,8 +53,8 @@ def _row(what: str, latencies_ms: list[float]) -> Row:
     )
 
 
-def _idle_row(running: Worker, seconds: float) -> Row:
-    figure, target = "CPU of an idle worker, prefork 2, with its rows", "≤ 1 %"
+def _idle_row(running: Worker, seconds: float, what: str) -> Row:
+    figure, target = f"CPU of an idle worker, prefork 2, that has all duties {what}", "≤ 1 %"
     if not Path("/proc/self/stat").exists():
         return Row(figure=figure, target=target, measured="skipped: no /proc")
     time.sleep(1)

@@ -88,14 +88,16 @@ def bare_loop(options: Options) -> Iterator[Contender]:
 def recorded_jobs(options: Options) -> Iterator[Contender]:
     environment = settings(options.folder / "recorded")
     with worker("tasks", options, environment, queues="image_resize"), Peer(environment) as producer:
-        yield lambda images, size_px: producer.run(_jobs, images, fresh(options.folder / "jobs"), size_px, True)
+        yield lambda images, size_px: producer.run(finish_jobs, images, fresh(options.folder / "jobs"), size_px, True)
 
 
 @contextmanager
 def unrecorded_jobs(options: Options) -> Iterator[Contender]:
     environment = settings(options.folder / "unrecorded", MIRROR="off")
     with worker("tasks", options, environment, queues="image_resize"), Peer(environment) as producer:
-        yield lambda images, size_px: producer.run(_jobs, images, fresh(options.folder / "unjobs"), size_px, False)
+        yield lambda images, size_px: producer.run(
+            finish_jobs, images, fresh(options.folder / "unjobs"), size_px, False
+        )
 
 
 @contextmanager
@@ -134,7 +136,7 @@ def _resize_next(images: list[str], folder: str, size_px: int) -> None:
         os.rename(temp, target)  # noqa: PTH104 (as bare as can be)
 
 
-def _jobs(images: list[str], folder: str, size_px: int, is_recorded: bool) -> float:
+def finish_jobs(images: list[str], folder: str, size_px: int, is_recorded: bool) -> float:
     """Publish one job per image, as a producer does, and wait for the last."""
     from tasks import image_resize
 
