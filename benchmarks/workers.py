@@ -10,6 +10,7 @@ from tests.services import RabbitmqServer, RedisServer, standard_rabbitmq, stand
 from tests.tooling.environment import forget_host_settings, without_settings
 from tests.tooling.worker import REPOSITORY, Worker
 
+TOPICS = "media-tasks-bench"
 NO_REDIS = "no Redis on localhost:6379"
 NO_RABBITMQ = "no RabbitMQ on localhost:5672 (or not allowed to run rabbitmqctl)"
 
@@ -36,7 +37,7 @@ def settings(folder: Path, **more: str) -> dict[str, str]:
     """The environment of workers and producers of `tasks`: a server directory and MQTT topics of their own."""
     forget_host_settings()
     folder.mkdir(exist_ok=True)
-    topics = {"MQTT_TOPIC": "media-tasks-bench/events", "CAPABILITY_TOPIC_PREFIX": "media-tasks-bench/workers"}
+    topics = {"MQTT_TOPIC": f"{TOPICS}/events", "CAPABILITY_TOPIC_PREFIX": f"{TOPICS}/workers"}
     return {"CL_SERVER_DIR": str(folder), **topics, **more}
 
 

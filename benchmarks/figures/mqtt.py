@@ -17,7 +17,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from benchmarks.figures.resize import finish_jobs, fresh
 from benchmarks.measure import Options, Peer, Row, interleaved, percentile, ratio_row, skipped
 from benchmarks.photos import photos
-from benchmarks.workers import settings, worker
+from benchmarks.workers import TOPICS, settings, worker
 from tests.services import HOST, PrivateMosquitto, ServiceMissing, free_port
 from tests.tooling.waiting import eventually
 
@@ -170,7 +170,7 @@ class Subscriber(AbstractContextManager["Subscriber"]):
         self._delays_ms: list[float] = []
         self._is_subscribed = False
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
-        self._client.on_connect = lambda client, *_: client.subscribe("inference/#", qos=1)
+        self._client.on_connect = lambda client, *_: client.subscribe(f"{TOPICS}/#", qos=1)
         self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
         self._client.connect(HOST, port)
@@ -191,7 +191,7 @@ class Subscriber(AbstractContextManager["Subscriber"]):
 
     def _on_message(self, _client: mqtt.Client, _data: object, message: mqtt.MQTTMessage) -> None:
         at = time.time()
-        if message.topic != "inference/events":
+        if message.topic != f"{TOPICS}/events":
             worker_id = message.topic.rpartition("/")[2]
             self.capabilities[worker_id] = message.payload
             if not message.payload:
