@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks import app
+from tasks import app as media_tasks
 from tasks.reconciler import Reconciler
 from tests.acceptance.deployment import Deployment, deployed
 from tests.unit.jobs import Clock
@@ -18,15 +18,31 @@ def producer(server_dir: Path, tmp_path: Path) -> Iterator[Deployment]:
         yield deployment
 
 
+@pytest.fixture
+def app(producer: Deployment) -> Any:
+    return producer.app
+
+
+@pytest.fixture
+def task(producer: Deployment) -> Any:
+    """Its tasks, by name."""
+    return producer.task
+
+
+@pytest.fixture
+def add(producer: Deployment) -> Any:
+    return producer.task.add
+
+
 @pytest.fixture(autouse=True)
 def leases_of_its_own() -> Iterator[None]:
     """Each test sees the locks of its own directory, and holds none at its beginning."""
 
     def forget() -> None:
-        leases = app.__dict__.pop("leases", None)
+        leases = media_tasks.__dict__.pop("leases", None)
         if leases is not None and leases._mine is not None:
             leases._mine.release()
-        app.__dict__.pop("lease", None)
+        media_tasks.__dict__.pop("lease", None)
 
     forget()
     yield

@@ -13,16 +13,6 @@ from tasks.rows import describe
 from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run
 
 
-@pytest.fixture
-def app(producer):
-    return producer.app
-
-
-@pytest.fixture
-def add(producer):
-    return producer.task.add
-
-
 def failed(producer, job):
     """Fail a job as a worker does, with what waits for it."""
     row = producer.row(job)

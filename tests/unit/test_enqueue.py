@@ -11,12 +11,6 @@ from tasks.errors import InvalidArguments, PathNotAllowed, UnknownQueue, Unknown
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import messages, run
 
-
-@pytest.fixture
-def task(producer):
-    return producer.task
-
-
 # Row, then broker
 
 

@@ -14,17 +14,6 @@ from tasks.rows import describe
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import change, claim, messages, new_job, publications, run
 
-
-@pytest.fixture
-def task(producer):
-    return producer.task
-
-
-@pytest.fixture
-def add(task):
-    return task.add
-
-
 # Due at once, after all
 
 

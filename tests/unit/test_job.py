@@ -11,11 +11,6 @@ from tasks.errors import AttemptLost
 from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
 
 
-@pytest.fixture
-def task(producer):
-    return producer.task
-
-
 def test_a_job_runs_once_and_its_message_has_no_effect_afterwards(producer, task):
     job = task.add.delay(40, 2)
 

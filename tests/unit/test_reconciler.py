@@ -25,16 +25,6 @@ from tests.unit.jobs import (
 LONG_AGO = timedelta(seconds=10)
 
 
-@pytest.fixture
-def app(producer):
-    return producer.app
-
-
-@pytest.fixture
-def add(producer):
-    return producer.task.add
-
-
 def worker_status(app, worker_id):
     return {worker["worker_id"]: worker["status"] for worker in app.store.workers()}[worker_id]
 

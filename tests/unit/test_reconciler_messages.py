@@ -11,16 +11,6 @@ from tests.acceptance.deployment import deployed
 from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, publications
 
 
-@pytest.fixture
-def app(producer):
-    return producer.app
-
-
-@pytest.fixture
-def add(producer):
-    return producer.task.add
-
-
 def settled(app, *jobs):
     """Have jobs been published some time ago."""
     for job in jobs:
