@@ -12,6 +12,10 @@ from paho.mqtt.enums import CallbackAPIVersion
 from tests.mqtt.messages import validate
 from tests.tooling.waiting import eventually
 
+# 1.5 times the keepalive of 5 s, and the time until Mosquitto looks: it does so every several seconds, for all clients
+# at once (16 clients, stopped within 6 s, were gone in the same moment).
+SILENT_FOR_S = 20.0
+
 
 @dataclass(frozen=True)
 class Heard:

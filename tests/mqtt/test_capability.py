@@ -163,7 +163,7 @@ def test_the_will_clears_it_when_the_worker_is_stopped_past_the_keepalive(deploy
     listener.wait_for_capability(worker_id)
 
     worker.signal(signal.SIGSTOP)
-    listener.wait_until_gone(worker_id, 12)
+    listener.wait_until_gone(worker_id, SILENT_FOR_S)
     worker.signal(signal.SIGCONT)
 
     listener.wait_for_capability(worker_id, 8)

@@ -14,6 +14,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.acceptance.deployment import install_entry_point
+from tests.mqtt.listener import SILENT_FOR_S
 from tests.mqtt.road import Road
 from tests.mqtt.said import one_warning, warnings
 from tests.services import free_port
@@ -169,7 +170,7 @@ def test_a_network_that_is_lost_without_a_word(deploy, listen, private_mosquitto
         jobs = [deployment.task.add.delay(number, 1) for number in range(20)]
         for job in jobs:
             assert job.get(timeout=20)
-        listener.wait_until_gone(worker_id, 12)
+        listener.wait_until_gone(worker_id, SILENT_FOR_S)
         eventually(lambda: warnings(worker), 20)
         time.sleep(8)
         road.mend()
