@@ -10,6 +10,7 @@ import pytest
 
 from tasks import control
 from tests.acceptance.deployment import install_entry_point
+from tests.mqtt.listener import SILENT_FOR_S
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
 
