@@ -19,7 +19,7 @@ FIGURES = {
     "get": "how soon a waiting caller sees a completion",
     "claims": "reserve and claim with a million rows queued",
     "due": "how late a retry and an ETA begin",
-    "recovery": "how soon a job runs again after a kill -9, on three brokers",
+    "recovery": "how soon jobs run again after a kill -9 and after the broker was emptied, on three brokers",
     "mqtt": "what MQTT costs the jobs, and how soon a subscriber knows",
     "imports": "starting a producer",
     "memory": "peak memory of a pool child",
@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="name", help="figures to measure (default: all)")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and rows: three minutes instead of twelve")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and rows: five minutes instead of seventeen")
     parser.add_argument("--repeat", type=int, metavar="N", help="rounds of each comparison")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="camera JPEGs of 12-16 MP (also BENCH_PHOTOS)")
