@@ -259,7 +259,7 @@ def test_make_demo_hands_the_folder_over_as_it_is(tmp_path, folder, way):
     (tmp_path / ".venv" / ".runtime").touch()
 
     # When
-    make = ["make", "-f", REPOSITORY / "Makefile", "--old-file=.venv/.runtime", "demo"]
+    make = ["make", "--no-print-directory", "-f", REPOSITORY / "Makefile", "--old-file=.venv/.runtime", "demo"]
     given = {"args": [*make, f"INPUT={folder}"]} if way == "argument" else {"args": make, "env": {"INPUT": folder}}
     env = {**os.environ, **given.pop("env", {})}
     done = subprocess.run(**given, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
