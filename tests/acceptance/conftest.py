@@ -1,6 +1,7 @@
 """One deployment and one worker for each module; tests that kill a worker start one of their own."""
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,20 @@ def own(server_dir: Path, tmp_path: Path, own_env: dict[str, Any]) -> Iterator[D
 def task(own: Deployment) -> Any:
     """Its tasks, by name."""
     return own.task
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -35,7 +35,7 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(deployment, good, tmp_path):
+def assert_refused(deployment, good, tmp_path):
     """Submit a job that must fail, with a neighbour before and behind it; returns its row."""
 
     def run(input, output=None, *words, task="image_resize", error, **arguments):  # noqa: A002 (the public argument)
@@ -67,28 +67,28 @@ def refused(deployment, good, tmp_path):
     return run
 
 
-def test_a_missing_file(refused, tmp_path):
-    refused(tmp_path / "none.jpg", None, "does not exist", error="InputMissing")
+def test_a_missing_file(assert_refused, tmp_path):
+    assert_refused(tmp_path / "none.jpg", None, "does not exist", error="InputMissing")
 
 
-def test_a_directory(refused, tmp_path):
+def test_a_directory(assert_refused, tmp_path):
     (tmp_path / "folder").mkdir()
-    refused(tmp_path / "folder", None, "is a directory", error="InputMissing")
+    assert_refused(tmp_path / "folder", None, "is a directory", error="InputMissing")
 
 
-def test_an_empty_file(refused, tmp_path):
+def test_an_empty_file(assert_refused, tmp_path):
     (tmp_path / "empty.jpg").touch()
-    refused(tmp_path / "empty.jpg", None, "is empty", error="InputMissing")
+    assert_refused(tmp_path / "empty.jpg", None, "is empty", error="InputMissing")
 
 
-def test_text_with_the_suffix_of_an_image(refused, tmp_path):
+def test_text_with_the_suffix_of_an_image(assert_refused, tmp_path):
     (tmp_path / "text.jpg").write_text("This is no picture.\n" * 100)
-    refused(tmp_path / "text.jpg", None, "not an image", error="UnsupportedMedia")
+    assert_refused(tmp_path / "text.jpg", None, "not an image", error="UnsupportedMedia")
 
 
-def test_a_truncated_jpeg(refused, tmp_path, good):
+def test_a_truncated_jpeg(assert_refused, tmp_path, good):
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
-    refused(tmp_path / "cut.jpg", None, "upload it again", error="CorruptMedia")
+    assert_refused(tmp_path / "cut.jpg", None, "upload it again", error="CorruptMedia")
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +101,16 @@ def bomb(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["image_resize", "image_conversion"])
-def test_a_png_bomb(refused, bomb, task):
-    refused(bomb, None, "65,536 x 65,536 px", "150 Mpx", "MAX_PIXELS", task=task, error="LimitExceeded")
+def test_a_png_bomb(assert_refused, bomb, task):
+    assert_refused(bomb, None, "65,536 x 65,536 px", "150 Mpx", "MAX_PIXELS", task=task, error="LimitExceeded")
 
 
-def test_a_png_bomb_for_renditions(refused, bomb, tmp_path):
+def test_a_png_bomb_for_renditions(assert_refused, bomb, tmp_path):
     words = ("65,536 x 65,536 px", "MAX_PIXELS")
-    refused(bomb, tmp_path / "out", *words, task="image_renditions", error="LimitExceeded", sizes=[100])
+    assert_refused(bomb, tmp_path / "out", *words, task="image_renditions", error="LimitExceeded", sizes=[100])
 
 
-def test_a_bomb_costs_the_worker_less_than_a_fifth_of_a_second_of_cpu(deployment, refused, bomb, good, tmp_path):
+def test_a_bomb_costs_the_worker_less_than_a_fifth_of_a_second_of_cpu(deployment, assert_refused, bomb, good, tmp_path):
     deployment.task.image_resize.delay(good, tmp_path / "warm.png", width=10).get(**GET)
     (child,) = deployment.workers[0].child_pids()
     before = cpu_s(child)
@@ -131,47 +131,47 @@ def cpu_s(pid):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_gif_of_100_000_frames(refused, tmp_path):
+def test_a_gif_of_100_000_frames(assert_refused, tmp_path):
     (tmp_path / "long.gif").write_bytes(gif(100_000))
-    refused(tmp_path / "long.gif", None, "MAX_FRAMES", error="LimitExceeded")
+    assert_refused(tmp_path / "long.gif", None, "MAX_FRAMES", error="LimitExceeded")
 
 
-def test_an_svg_with_external_references(refused, tmp_path):
+def test_an_svg_with_external_references(assert_refused, tmp_path):
     (tmp_path / "in.svg").write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="file:///etc/passwd"/></svg>'
     )
-    refused(tmp_path / "in.svg", None, "svg", error="UnsupportedMedia")
+    assert_refused(tmp_path / "in.svg", None, "svg", error="UnsupportedMedia")
 
 
-def test_an_output_directory_that_may_not_be_written(refused, good, tmp_path):
+def test_an_output_directory_that_may_not_be_written(assert_refused, good, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     is_root = os.geteuid() == 0  # whom permissions don't stop, but a device is no directory for anybody
     directory = "/dev/null" if is_root else str(tmp_path / "locked")
-    refused(good, f"{directory}/out.webp", directory, error="OutputNotWritable")
+    assert_refused(good, f"{directory}/out.webp", directory, error="OutputNotWritable")
 
 
-def test_an_output_that_is_a_directory(refused, good, tmp_path):
+def test_an_output_that_is_a_directory(assert_refused, good, tmp_path):
     (tmp_path / "taken.webp").mkdir()
-    refused(good, tmp_path / "taken.webp", str(tmp_path / "taken.webp"), error="OutputNotWritable")
+    assert_refused(good, tmp_path / "taken.webp", str(tmp_path / "taken.webp"), error="OutputNotWritable")
 
 
-def test_an_input_outside_of_the_roots(refused):
-    refused("/etc/hostname", None, "MEDIA_ROOTS", error="PathNotAllowed")
+def test_an_input_outside_of_the_roots(assert_refused):
+    assert_refused("/etc/hostname", None, "MEDIA_ROOTS", error="PathNotAllowed")
 
 
-def test_an_output_outside_of_the_roots(refused, good):
-    refused(good, "/var/out.webp", "/var/out.webp", "MEDIA_ROOTS", error="PathNotAllowed")
+def test_an_output_outside_of_the_roots(assert_refused, good):
+    assert_refused(good, "/var/out.webp", "/var/out.webp", "MEDIA_ROOTS", error="PathNotAllowed")
 
 
-def test_a_link_that_leads_out_of_the_roots(refused, tmp_path):
+def test_a_link_that_leads_out_of_the_roots(assert_refused, tmp_path):
     (tmp_path / "link.jpg").symlink_to("/etc/hostname")
-    refused(tmp_path / "link.jpg", None, "MEDIA_ROOTS", error="PathNotAllowed")
+    assert_refused(tmp_path / "link.jpg", None, "MEDIA_ROOTS", error="PathNotAllowed")
 
 
-def test_an_output_that_is_the_input_under_another_name(refused, good, tmp_path):
+def test_an_output_that_is_the_input_under_another_name(assert_refused, good, tmp_path):
     (tmp_path / "copy.jpg").write_bytes(good.read_bytes())
     (tmp_path / "same.jpg").symlink_to(tmp_path / "copy.jpg")
-    refused(tmp_path / "copy.jpg", tmp_path / "same.jpg", error="PathNotAllowed")
+    assert_refused(tmp_path / "copy.jpg", tmp_path / "same.jpg", error="PathNotAllowed")
     assert (tmp_path / "copy.jpg").read_bytes() == good.read_bytes()
 
 

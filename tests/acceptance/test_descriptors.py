@@ -1,7 +1,6 @@
 """What a failed image job held is free when it has ended: descriptors of its process, space on its disk."""
 
 import os
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,20 +37,6 @@ def worker_pid(request, own, task, noise):
     worker = own.start_worker("--pool", request.param, "--concurrency=1")
     task.image_resize.delay(noise, noise.with_name("warm.webp"), width=10).get(timeout=20)
     return worker.child_pids()[0] if request.param == "prefork" else worker.pid
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def opened(pid: int) -> list[str]:

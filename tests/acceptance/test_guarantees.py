@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -230,20 +229,6 @@ class TestDatabaseAway:
             assert [job.get(**GET) for job in jobs] == ["0", "1", "2", "3"]
             assert all(own.row(job)["status"] == "completed" for job in jobs)
             assert all(lines(tmp_path / str(n))[-1] == f"end {n}" for n in range(4))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("broker", ["embedded"], indirect=True)

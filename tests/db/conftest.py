@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,30 @@ from db import schema
 from db.engine import Database
 from db.errors import DatabaseUnavailable
 from db.models import metadata
-from db.records import Claim, Liveness, NewJob
+from db.records import Claim, Failure, Heartbeat, Liveness, NewJob
 from db.store import Store
 
 KINDS = ("sqlite", "postgresql")
+WHEN = datetime(2026, 3, 29, 1, 30, 15, 123456, tzinfo=UTC)
+LOST = Failure(error_type="WorkerLost", error_message="three workers died", error_module="tasks.errors")
 
 
 def open_database(url: str | Path, **options: Any) -> Database:
     url = f"sqlite:///{url}" if isinstance(url, Path) else url
     return Database(url, dumps=dumps, loads=loads, **options)
+
+
+def beat(worker_id: str = "worker-1", **values: Any) -> Heartbeat:
+    """What a worker says of itself."""
+    defaults: dict[str, Any] = {
+        "hostname": "host",
+        "pid": 1,
+        "capabilities": ["image_resize"],
+        "concurrency": 2,
+        "status": "idle",
+        "started_at": WHEN,
+    }
+    return Heartbeat(worker_id=worker_id, **{**defaults, **values})
 
 
 @pytest.fixture

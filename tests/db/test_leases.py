@@ -6,9 +6,8 @@ from datetime import timedelta
 import pytest
 
 from db.records import Decision, Holder, Status, now
-from tests.db.conftest import claim, new_job, row_of, running
+from tests.db.conftest import LOST, beat, claim, new_job, row_of, running
 from tests.db.processes import in_processes
-from tests.db.test_store import LOST, beat
 
 
 class TestLeases:

@@ -4,8 +4,7 @@ import pytest
 from sqlalchemy import text
 
 from db.records import Failure, Status, now
-from tests.db.conftest import claim, new_job, row_of, running
-from tests.db.test_store import beat
+from tests.db.conftest import beat, claim, new_job, row_of, running
 
 FAILURE = Failure(error_type="E", error_message="m")
 

@@ -1,0 +1,249 @@
+"""Who may run a job: the guard's claim, on every database."""
+
+import pytest
+
+from db.records import Decision, Holder, Liveness, Status
+from db.store.attempts import SUSPECT_DELIVERIES
+from tests.db.conftest import LOST, claim, events_of, new_job, row_of, running
+
+
+class TestClaim:
+    def test_a_queued_job_runs(self, store):
+        job = new_job()
+        store.enqueue(job)
+
+        claimed = claim(store, job, "worker-7")
+
+        assert (claimed.decision, claimed.attempt, claimed.deaths) == (Decision.RUN, 1, 0)
+        row = row_of(store, job)
+        assert (row["status"], row["claimed_by"], row["attempt"], row["deliveries"]) == ("running", "worker-7", 1, 1)
+        assert row["claimed_at"] == row["started_at"] >= row["created_at"]
+        assert events_of(store, job) == ["created", "claimed", "started"]
+        assert [log["worker_id"] for log in store.logs(job.job_id)] == [None, "worker-7", "worker-7"]
+        assert [log["details"] for log in store.logs(job.job_id)[1:]] == [{"attempt": 1}, {"attempt": 1}]
+
+    def test_a_message_without_a_row_gets_one(self, store):
+        job = new_job()
+
+        claimed = claim(store, job, publication=3)
+
+        assert (claimed.decision, claimed.attempt) == (Decision.RUN, 1)
+        assert row_of(store, job)["publication"] == 3
+        assert events_of(store, job) == ["created", "claimed", "started"]
+        assert claim(store, job, "worker-2", publication=3, liveness=Liveness.DEAD).decision is Decision.RUN
+
+    def test_the_row_of_a_message_is_made_only_where_there_is_none(self, store):
+        job = new_job()
+        store.enqueue(job)
+
+        def claim_by(make):
+            return store.claim(
+                make,
+                job_id=job.job_id,
+                publication=1,
+                worker_id="worker-1",
+                lease=None,
+                is_loss=False,
+                judge=lambda _: Liveness.ALIVE,
+                max_deaths=3,
+            )
+
+        assert claim_by(lambda: pytest.fail("it has a row")).decision is Decision.RUN
+        other, job = job, new_job()
+        assert claim_by(lambda: job).decision is Decision.RUN
+        assert events_of(store, job) == events_of(store, other) == ["created", "claimed", "started"]
+
+    def test_a_claim_is_made_under_the_worker_s_lease(self, store):
+        job, _attempt = running(store, "worker-7")
+
+        assert row_of(store, job)["lease"] == "lease of worker-7"
+        claim(store, job, "worker-8", liveness=Liveness.DEAD)
+        assert row_of(store, job)["lease"] == "lease of worker-8"
+
+    @pytest.mark.parametrize("publication", [1, 3])
+    def test_a_message_of_another_publication_is_stale(self, store, publication):
+        job, attempt = running(store)
+        store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
+
+        assert claim(store, job, publication=publication).decision is Decision.STALE
+        lost = claim(store, job, publication=publication, is_loss=True, liveness=Liveness.DEAD)
+        assert lost.decision is Decision.STALE
+
+        assert row_of(store, job)["status"] == "queued"
+        assert claim(store, job, publication=2).attempt == 2
+
+    def test_a_stale_message_does_not_take_a_running_job(self, store):
+        job, attempt = running(store)
+        store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
+        claim(store, job, publication=2)
+
+        stale = claim(store, job, publication=1, is_loss=True, liveness=Liveness.DEAD)
+
+        assert stale.decision is Decision.STALE
+        assert row_of(store, job)["attempt"] == 2
+
+    @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
+    def test_a_job_that_has_ended_is_not_run_again(self, store, status):
+        job, attempt = running(store)
+        if status is Status.COMPLETED:
+            store.complete(job.job_id, attempt, {})
+        else:
+            store.end(job, status, LOST, attempt=attempt)
+        before = row_of(store, job)
+
+        for is_loss in (False, True):
+            claimed = claim(store, job, "worker-2", is_loss=is_loss, liveness=Liveness.DEAD)
+            assert claimed.decision == Decision(status.value)
+
+        assert row_of(store, job) == before
+        assert events_of(store, job) == ["created", "claimed", "started", status.value]
+
+    @pytest.mark.parametrize(
+        ("liveness", "is_loss"),
+        [(Liveness.ALIVE, False), (Liveness.ALIVE, True), (Liveness.UNCERTAIN, False)],
+        ids=["alive", "alive though redelivered", "uncertain"],
+    )
+    def test_a_worker_that_is_not_known_to_be_dead_holds_its_job(self, store, liveness, is_loss):
+        job, attempt = running(store, "worker-1")
+        before = row_of(store, job)
+
+        held = claim(store, job, "worker-2", liveness=liveness, is_loss=is_loss)
+
+        assert (held.decision, held.holder) == (Decision.HELD, "worker-1")
+        assert row_of(store, job) == before
+        assert store.owns(job.job_id, attempt)
+
+    @pytest.mark.parametrize("is_loss", [False, True])
+    def test_a_job_of_a_dead_worker_is_taken_over(self, store, is_loss):
+        job, attempt = running(store, "worker-1")
+
+        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD, is_loss=is_loss)
+
+        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 2, 1)
+        assert taken.holder == "worker-1"
+        row = row_of(store, job)
+        assert (row["claimed_by"], row["deaths"], row["deliveries"], row["publication"]) == ("worker-2", 1, 2, 1)
+        assert events_of(store, job) == ["created", "claimed", "started", "lost", "claimed", "started"]
+        lost = store.logs(job.job_id)[3]
+        assert (lost["worker_id"], lost["details"]) == ("worker-1", {"attempt": 1, "deaths": 1})
+
+    def test_a_redelivered_message_takes_over_from_a_worker_that_can_t_be_looked_at(self, store):
+        job, attempt = running(store, "worker-1")
+
+        taken = claim(store, job, "worker-2", liveness=Liveness.UNCERTAIN, is_loss=True)
+
+        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 2, 0)
+        assert taken.holder == "worker-1"
+        assert row_of(store, job)["claimed_by"] == "worker-2"
+        assert events_of(store, job) == ["created", "claimed", "started", "lost", "claimed", "started"]
+        lost = store.logs(job.job_id)[3]
+        assert (lost["worker_id"], lost["details"]) == ("worker-1", {"attempt": 1, "deaths": 0})
+
+    def test_a_lease_without_a_row_is_dead_and_nobody_is_asked(self, store):
+        job = new_job()
+        store.enqueue(job)
+        asked = []
+        claim(store, job, "worker-1", lease="never renewed")
+
+        taken = claim(store, job, "worker-2", judge=asked.append)
+
+        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, 3, 1)
+        assert asked == []
+
+    def test_an_attempt_without_a_lease_is_uncertain(self, store):
+        job = new_job()
+        store.enqueue(job)
+        claim(store, job, "worker-1", lease=None)
+
+        assert claim(store, job, "worker-2", liveness=Liveness.DEAD).decision is Decision.HELD
+        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD, is_loss=True)
+        assert (taken.decision, taken.deaths) == (Decision.RUN, 0)
+
+    def test_the_holder_is_judged_by_its_lease_s_row(self, store):
+        job, _attempt = running(store, "worker-1")
+        asked = []
+
+        def judge(holder):
+            asked.append(holder)
+            return Liveness.ALIVE
+
+        assert claim(store, job, "worker-2", judge=judge).decision is Decision.HELD
+
+        (holder,) = store.holders(worker_id="worker-1")
+        assert asked[0].renewed_at == holder.renewed_at
+        assert asked[0] == Holder("lease of worker-1", "worker-1", "this host", holder.renewed_at, asked[0].seen_at)
+
+    def test_a_job_that_kills_its_workers_is_poison(self, store):
+        job, _attempt = running(store)
+
+        decisions = [claim(store, job, liveness=Liveness.DEAD, max_deaths=3).decision for _ in range(3)]
+
+        assert decisions == [Decision.RUN, Decision.RUN, Decision.POISON]
+        row = row_of(store, job)
+        assert (row["deaths"], row["attempt"], row["status"]) == (3, 7, "running")
+        assert store.end(job, Status.FAILED, LOST, attempt=7)
+        assert events_of(store, job)[-3:] == ["claimed", "started", "failed"]
+
+    def test_a_message_that_comes_back_again_and_again_is_poison_in_the_end(self, store):
+        job, _attempt = running(store)
+
+        claims = [claim(store, job, liveness=Liveness.UNCERTAIN, is_loss=True) for _ in range(SUSPECT_DELIVERIES + 2)]
+
+        assert [claimed.deaths for claimed in claims] == [0] * (SUSPECT_DELIVERIES - 1) + [1, 2, 3]
+        assert {claimed.decision for claimed in claims[:-1]} == {Decision.RUN}
+        assert claims[-1].decision is Decision.POISON
+
+    def test_a_suspect_message_is_still_held_by_the_living(self, store):
+        job, _attempt = running(store)
+        for _ in range(SUSPECT_DELIVERIES):
+            claim(store, job, liveness=Liveness.UNCERTAIN, is_loss=True)
+        before = row_of(store, job)
+
+        assert claim(store, job, is_loss=True).decision is Decision.HELD
+        assert claim(store, job, liveness=Liveness.UNCERTAIN).decision is Decision.HELD
+
+        assert row_of(store, job) == before
+
+    def test_a_new_attempt_starts_without_the_progress_of_the_last(self, store):
+        job, attempt = running(store)
+        store.progress(job.job_id, attempt, percent=60.0, stage="encoding")
+
+        claim(store, job, liveness=Liveness.DEAD)
+
+        row = row_of(store, job)
+        assert (row["progress"], row["stage"]) == (0.0, None)
+
+    def test_after_a_lost_commit_the_same_claim_runs_and_is_no_death(self, store, lose_commit, unavailable):
+        job = new_job()
+        store.enqueue(job)
+        lose_commit()
+        with unavailable:
+            claim(store, job)
+
+        again = claim(store, job)
+
+        assert (again.decision, again.attempt, again.deaths) == (Decision.RUN, 1, 0)
+        assert events_of(store, job) == ["created", "claimed", "started"]
+        assert claim(store, job).decision is Decision.HELD  # a second delivery, not a repetition
+
+    def test_after_a_lost_commit_a_second_delivery_to_another_worker_is_still_held(
+        self, store, lose_commit, unavailable
+    ):
+        job = new_job()
+        store.enqueue(job)
+        lose_commit()
+        with unavailable:
+            claim(store, job, "worker-1")
+
+        assert claim(store, job, "worker-2").decision is Decision.HELD
+
+    def test_a_lost_takeover_is_counted_once(self, store, lose_commit, unavailable):
+        job, _attempt = running(store)
+        lose_commit()
+        with unavailable:
+            claim(store, job, "worker-2", liveness=Liveness.DEAD)
+
+        again = claim(store, job, "worker-2", liveness=Liveness.DEAD)
+
+        assert (again.decision, again.attempt, again.deaths) == (Decision.RUN, 3, 1)
+        assert events_of(store, job).count("lost") == 1
