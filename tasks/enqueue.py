@@ -23,7 +23,7 @@ from tasks.arguments import LONGEST_NAME, LONGEST_S, check_options, due, expiry,
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
-from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, parameters_of, unsent
+from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
 
 _NOT_KEPT: Final = (
     "producer",
@@ -91,7 +91,8 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     if parent is None and isinstance(task, Job):
         args, kwargs = task.arguments.absolute(args, kwargs)
     options["queue"] = _queue_of(app, task, name, options.get("queue"))
-    _require_json(name, args, kwargs)
+    if fault := json_fault([args, kwargs]):
+        raise InvalidArguments(f"{name}: an argument is no JSON: {fault}")
     unique_key, unique_until = _uniqueness(name, args, kwargs, options)
     run_after_utc = due(name, options)
     if options.get("link"):
@@ -118,13 +119,6 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
         unique_until=unique_until,
         message={"args": args, "kwargs": kwargs, "options": _kept(options)},
     )
-
-
-def _require_json(name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
-    try:
-        dumps([args, kwargs], allow_nan=False)
-    except (TypeError, ValueError) as exc:
-        raise InvalidArguments(f"{name}: an argument is no JSON: {exc}") from exc
 
 
 def _with_id(step: Any, app: Any) -> Any:

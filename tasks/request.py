@@ -7,6 +7,7 @@ which finds running rows of this worker that nothing runs.
 
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from signal import SIGKILL, SIGTERM
@@ -160,14 +161,20 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     def _close(self, reason: str, *, event: str = "lost", is_death: bool = True) -> Closed | None:
         store = self.app.store
         try:
-            row = store.job(self.id)
-            if row is None or row["lease"] != self.app.lease or row["publication"] != self._publication:
+            row = self._own_row()
+            if row is None:
                 return None
             closed: Closed | None = store.close(self.id, row["attempt"], event=event, reason=reason, is_death=is_death)
             return closed
         except SQLAlchemyError as exc:
             logger.warning("%s[%s] is closed later: %s", self.name, self.id, exc)
             return None
+
+    def _own_row(self) -> Mapping[str, Any] | None:
+        """The job's row, if it is this message's and this worker's."""
+        row: Mapping[str, Any] | None = self.app.store.job(self.id)
+        is_own = row is not None and (row["lease"], row["publication"]) == (self.app.lease, self._publication)
+        return row if is_own else None
 
     def _retry(self, error: JobTimeout) -> bool:
         """Queue the job for its next attempt, if it has one."""
@@ -177,8 +184,8 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         return bool(self.app.patiently(lambda: self._requeue(error, retries)))
 
     def _requeue(self, error: JobTimeout, retries: int) -> bool:
-        row = self.app.store.job(self.id)
-        if row is None or row["lease"] != self.app.lease or row["publication"] != self._publication:
+        row = self._own_row()
+        if row is None:
             return False
         requeued = self.app.store.requeue(
             self.id,

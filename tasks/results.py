@@ -15,12 +15,11 @@ from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
 from kombu.exceptions import EncodeError
-from kombu.utils.json import dumps
 
 from db.records import NewJob, Status
 from tasks.errors import ResultsNotRead
 from tasks.job import follows_up
-from tasks.rows import describe, exception_of, job_of_request, meta_of, request_of_row, unsent
+from tasks.rows import describe, exception_of, job_of_request, json_fault, meta_of, request_of_row, unsent
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,8 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
-        _require_json(result)
+        if fault := json_fault(result):  # the tracer fails the job of an EncodeError
+            raise EncodeError(f"the result is no JSON: {fault}")
         if attempt is not None and not self._completed(task_id, attempt, result):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return
@@ -285,18 +285,6 @@ class JobBackend(BaseBackend):
             raise error  # Celery reads it from the stack, and only a worker's pool child has one
         except ChordError:
             self.chord_error_from_stack(body, error)
-
-
-def _require_json(result: Any) -> None:
-    """Fail what no row holds, in every database, as the tracer expects it.
-
-    Raises:
-        EncodeError: It is no JSON, or holds a number that is none.
-    """
-    try:
-        dumps(result, allow_nan=False)
-    except (TypeError, ValueError) as exc:
-        raise EncodeError(f"the result is no JSON: {exc}") from exc
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from celery.app.task import Context
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.functional import maybe_list
 from celery.utils.time import maybe_iso8601
+from kombu.utils.json import dumps
 
 from db.records import PENDING, Failure, NewJob, Status
 from tasks.arguments import named
@@ -92,6 +93,15 @@ def _moment(value: Any) -> datetime | None:
         moment = maybe_iso8601(value) if isinstance(value, str) else value
         if isinstance(moment, datetime):
             return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return None
+
+
+def json_fault(value: Any) -> str | None:
+    """Why no row can hold a value, in whichever database: it is no JSON, or holds a number that is none."""
+    try:
+        dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        return str(exc)
     return None
 
 
