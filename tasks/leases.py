@@ -1,11 +1,13 @@
 """Leases: who holds attempts, and whether they live. In: this process's worker, or a holder's row. Out: a `Liveness`.
 
-A worker's main process holds one lease for all its attempts: a `flock` that the kernel lets go at any death, and a row
-that is renewed. On the host where the lock can be seen the lock decides; a holder that has not renewed for a minute is
-stopped, and counts as dead too. Elsewhere the row decides, after LEASE_TIMEOUT_S. No process id is ever compared.
+A worker's main process holds one lease for all its attempts: a `flock` that the kernel lets go at any death, and a row;
+both are renewed. On the host where the lock can be seen the lock decides; a holder that has not renewed it for a minute
+is stopped, and counts as dead too. Elsewhere the row decides, after LEASE_TIMEOUT_S. No process id is ever compared,
+and no clock that somebody can set.
 """
 
 import os
+import random
 import time
 import uuid
 from contextlib import suppress
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from db.records import Holder, Liveness
-from tasks.broker.lease import Lease, is_held
+from tasks.broker.lease import Lease, is_held, silent_s
 from tasks.errors import SettingsError
 
 STOPPED_AFTER_S: Final = 60.0
@@ -36,15 +38,21 @@ class Leases:
         Raises:
             SettingsError: Another living worker has this WORKER_ID, and goes on having it for ten seconds.
         """
-        self._refuse_double()
+        deadline = time.monotonic() + _REFUSED_AFTER_S
+        self._refuse_double(deadline)
         self._mine = self._mine or self._make()
         self._app.lease = self._mine.name
         self.renew()
+        while self._is_held():  # both have begun at the same moment: both step back, for a while of their own
+            self._app.store.forget_lease(self._app.lease)
+            time.sleep(random.uniform(_RETRY_S, 10 * _RETRY_S))  # noqa: S311 (no secret)
+            self._refuse_double(deadline)
+            self.renew()
 
     def renew(self) -> None:
-        """Say in the row that this worker lives, and in its file that it is not to be tidied away."""
-        with suppress(OSError):
-            os.utime(self._directory / self._app.lease)
+        """Say in the file and in the row that this worker lives."""
+        if self._mine is not None:
+            self._mine.touch()
         self._app.store.renew_lease(self._app.lease, self._app.worker_id, self.host_id)
 
     def release(self) -> None:
@@ -57,7 +65,7 @@ class Leases:
         timeout_s = self._app.settings.lease_timeout_s
         path = self._directory / holder.lease
         if holder.host_id == self.host_id and path.exists():
-            is_alive = is_held(path) and holder.silent_s <= max(STOPPED_AFTER_S, timeout_s)
+            is_alive = is_held(path) and silent_s(path) <= max(STOPPED_AFTER_S, timeout_s)
             return Liveness.ALIVE if is_alive else Liveness.DEAD
         return Liveness.UNCERTAIN if holder.silent_s <= timeout_s else Liveness.DEAD
 
@@ -84,19 +92,20 @@ class Leases:
                 f"CL_SERVER_DIR: {self._directory} can't be written ({exc.strerror}); a worker keeps its lease there"
             ) from exc
 
-    def _refuse_double(self) -> None:
+    def _refuse_double(self, deadline: float) -> None:
         """Wait a little for a worker of the same name: it may be about to end, or dead on another host."""
-        worker_id = self._app.worker_id
-        deadline = time.monotonic() + _REFUSED_AFTER_S
-        while self._is_held(worker_id):
+        while self._is_held():
             if time.monotonic() > deadline:
                 raise SettingsError(
-                    f"WORKER_ID={worker_id}: a worker of this name is alive; give each its own, or leave it unset"
+                    f"WORKER_ID={self._app.worker_id}: a worker of this name is alive; give each its own, "
+                    "or leave it unset"
                 )
             time.sleep(_RETRY_S)
 
-    def _is_held(self, worker_id: str) -> bool:
-        others = [holder for holder in self._app.store.holders(worker_id=worker_id) if holder.lease != self._app.lease]
+    def _is_held(self) -> bool:
+        """Whether somebody else who may be alive has this worker's name."""
+        holders = self._app.store.holders(worker_id=self._app.worker_id)
+        others = [holder for holder in holders if holder.lease != self._app.lease]
         return any(self.judge(holder) is not Liveness.DEAD for holder in others)
 
     def sweep(self) -> None:

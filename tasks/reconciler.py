@@ -109,9 +109,10 @@ class Reconciler:
     def lost_messages(self) -> Iterator[Finding]:
         """Queued jobs whose message the broker no longer has are published again.
 
-        The embedded broker is asked for each job. RabbitMQ and Redis only count: a queue that holds fewer messages
-        than jobs wait which no worker has reserved has lost some, if it is still so ten seconds later. Which ones can't
-        be told, so all of those that waited both times are published again; of two messages the guard takes one.
+        The embedded broker is asked for each job. RabbitMQ and Redis only count, and keep their order. A queue that
+        holds fewer messages than jobs wait which no worker has reserved has lost some, and which ones can't be told;
+        else those jobs have lost theirs that others have overtaken. What is still so ten seconds later is published
+        again; of two messages the guard takes one.
         """
         before = now() - timedelta(seconds=SETTLED_AFTER_S)
         published = self._store.published(before)
@@ -189,7 +190,8 @@ class Reconciler:
         slots = sum(worker["concurrency"] for worker in live if queue in worker["capabilities"])
         waiting = jobs - (len(rows) - len(unheld))
         is_short = bool(unheld) and (ready == 0 or waiting - ready > slots)
-        return look.again(unheld, is_short=is_short)
+        suspects = unheld if is_short else look.overtaken(unheld, queue, self._store)
+        return look.again(suspects)
 
     def _prune(self) -> None:
         if time.monotonic() < self._prune_due:
@@ -201,25 +203,43 @@ class Reconciler:
             self._app.leases.sweep()
 
 
+_Publication = tuple[str, int]
+_Rows = Mapping[_Publication, Mapping[str, Any]]
+
+
 class _Look:
     """What was seen of one queue, to be seen again some time later."""
 
     def __init__(self) -> None:
         self.after_id = 0
-        self._seen: set[Any] = set()
-        self._seen_at = 0.0
+        self._suspects: set[_Publication] = set()
+        self._suspected_at = 0.0
+        self._newest_then: dict[_Publication, int] = {}
 
-    def again(self, unheld: Mapping[Any, Any], *, is_short: bool) -> list[Any]:
-        """The jobs that were there at the look before, if the queue was short of messages then, and still is."""
-        if not is_short:
-            self._seen = set()
+    def overtaken(self, unheld: _Rows, queue: str, store: Any) -> _Rows:
+        """The jobs whose messages are older than that of one which runs, and of no higher priority than theirs.
+
+        A first message is as old as its row; any other is not known to be older than the first look at it.
+        """
+        newest = store.newest()
+        self._newest_then = {key: self._newest_then.get(key, newest) for key in unheld}
+        running = store.newest_running(queue).items()
+
+        def is_overtaken(key: _Publication, row: Mapping[str, Any]) -> bool:
+            is_first = row["publication"] == 1 and row["run_after_utc"] is None
+            sent_before = row["id"] if is_first else self._newest_then[key]
+            return any(priority <= row["priority"] and last > sent_before for priority, last in running)
+
+        return {key: row for key, row in unheld.items() if is_overtaken(key, row)}
+
+    def again(self, suspects: _Rows) -> list[Mapping[str, Any]]:
+        """The jobs that were suspected some time ago, and at each look since."""
+        self._suspects &= suspects.keys()
+        if not self._suspects:
+            self._suspects, self._suspected_at = set(suspects), time.monotonic()
             return []
-        if not self._seen:
-            self._seen, self._seen_at = set(unheld), time.monotonic()
+        if time.monotonic() - self._suspected_at < LOOK_AGAIN_AFTER_S:
             return []
-        if time.monotonic() - self._seen_at < LOOK_AGAIN_AFTER_S:
-            self._seen &= set(unheld)
-            return []
-        still = [row for key, row in unheld.items() if key in self._seen]
-        self._seen = set()
+        still = [row for key, row in suspects.items() if key in self._suspects]
+        self._suspects = set()
         return still

@@ -116,13 +116,13 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def round(self) -> float:
         """What this worker owes itself; seconds until the next round."""
-        self._stop_cancelled()
         if time.monotonic() >= self._beat_due:
             was_draining = self.is_draining
             self._mirror.beat()
             self._close_unclaimed()
             if was_draining == self.is_draining:  # else that is shown at the next round
                 self._beat_due = time.monotonic() + self._app.settings.lease_renew_s
+        self._stop_cancelled()
         self._keep_pauses()
         return ROUND_S
 

@@ -8,7 +8,7 @@ from sqlalchemy import RowMapping, func, select, update
 
 from db.models import task_queue
 from db.records import Status, now
-from db.statements import RESTING, is_paused, of_job
+from db.statements import ACTIVE, RESTING, is_one_of, is_paused, of_job
 from db.store.base import Part, log
 
 _job: Final = task_queue.c
@@ -56,13 +56,24 @@ class Dispatch(Part):
 
     def published_in(self, queue: str, before: datetime, *, after_id: int = 0, limit: int = 1000) -> list[RowMapping]:
         """Queued jobs of one queue that were published before this time, by id; `after_id` pages on."""
-        columns = (_job.id, _job.job_id, _job.publication, _job.published_at)
+        columns = (_job.id, _job.job_id, _job.publication, _job.priority, _job.run_after_utc, _job.published_at)
         return self._rows(
             select(*columns)
             .where(_job.queue == queue, _IS_QUEUED, _job.published_at < before, _job.id > after_id)
             .order_by(_job.id)
             .limit(limit)
         )
+
+    def newest_running(self, queue: str) -> dict[int, int]:
+        """Of each priority, the id of the newest row of a queue that is running."""
+        statement = select(_job.priority, func.max(_job.id)).where(_job.queue == queue, is_one_of(ACTIVE))
+        with self._reading() as connection:
+            return {priority: newest for priority, newest in connection.execute(statement.group_by(_job.priority))}  # noqa: C416 (dict() has no type here)
+
+    def newest(self) -> int:
+        """The id of the newest row."""
+        with self._reading() as connection:
+            return connection.execute(select(func.max(_job.id))).scalar() or 0
 
     def republish(self, job_id: str, publication: int, reason: str) -> bool:
         """Give a queued job the next publication, to be sent at once by the dispatcher; False if it has moved on."""

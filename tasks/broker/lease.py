@@ -1,12 +1,15 @@
 """Who is alive: a lease is a locked file that the kernel lets go at any death, kill -9 included.
 
 In: a directory. Out: `Lease`, whose `name` may be written down as the owner of something, and `is_held`, which tells
-from any process of the host whether that owner still lives. No clock is involved: a long task is not a dead one.
+from any process of the host whether that owner still lives. A long task is not a dead one; `silent_s` tells of an owner
+that is stopped, by the kernel's own clock, which nobody sets.
 """
 
 import fcntl
 import os
+import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -38,6 +41,12 @@ class Lease:
         """False once released, and in a child that was forked meanwhile."""
         return self._fd is not None
 
+    def touch(self) -> None:
+        """Note in the file that the owner goes on. Does nothing where the lease is not held, or the disk is full."""
+        if self._fd is not None:
+            with suppress(OSError):
+                os.pwrite(self._fd, f"{time.monotonic():020.3f}".encode(), 0)
+
     def release(self) -> None:
         """Let go and remove the file. Does nothing where the lease is not held."""
         if self._fd is not None:
@@ -64,6 +73,14 @@ def is_held(path: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def silent_s(path: Path) -> float:
+    """For how many seconds the owner of the lease at `path` has not touched it; 0 where it never has."""
+    try:
+        return time.monotonic() - float(path.read_bytes())
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _forget_inherited() -> None:

@@ -156,6 +156,18 @@ class TestBrokerEmptied:
         assert all(len(lines(tmp_path / f"waiting-{n}")) == 2 for n in range(40))
         assert all(len(lines(tmp_path / f"running-{n}")) == 2 for n in range(2))
 
+    def test_a_single_message_is_missed_although_its_queue_is_never_empty(self, own, task, tmp_path):
+        lost = task.note.apply_async((str(tmp_path / "lost"), "lost"), priority=10)
+        with own.app.connection_for_write() as connection, connection.channel() as channel:
+            assert channel.basic_get("note", no_ack=True).headers["id"] == lost.id
+        others = [task.note.delay(str(tmp_path / "others"), str(n), 0.5) for n in range(100)]
+
+        own.start_worker("--concurrency=1")
+
+        assert lost.get(timeout=40) == "lost"
+        assert own.events(lost)[:2] == ["created", "republished"]
+        assert own.row(others[-1])["status"] == "queued"
+
 
 class TestDuplicateDeliveryAndZombies:
     def test_an_attempt_that_was_taken_over_neither_completes_nor_writes(self, own, task, tmp_path):

@@ -325,6 +325,16 @@ class TestPublished:
 
         assert ids(store.published_in("image_resize", between)) == [old.job_id]
 
+    def test_the_newest_running_job_of_each_priority_and_the_newest_row_are_known(self, store):
+        assert (store.newest(), store.newest_running("image_resize")) == (0, {})
+        _, nine, five = [running(store, priority=priority)[0] for priority in (5, 9, 5)]
+        store.enqueue(new_job())
+        last, _ = running(store, queue="video_probe")
+
+        ids_of = [row_of(store, job)["id"] for job in (five, nine, last)]
+        assert store.newest_running("image_resize") == dict(zip((5, 9), ids_of, strict=False))
+        assert store.newest() == ids_of[-1]
+
     def test_all_queued_jobs_of_a_queue_can_be_listed(self, store):
         resting, published = rest(store, due_in_s=3600), new_job()
         store.enqueue(published)

@@ -31,6 +31,8 @@ CALLS = {
     "next due": lambda store, job, attempt: store.next_due(),
     "published": lambda store, job, attempt: store.published(now()),
     "published in": lambda store, job, attempt: store.published_in("image_resize", now(), limit=100),
+    "newest running": lambda store, job, attempt: store.newest_running("image_resize"),
+    "newest row": lambda store, job, attempt: store.newest(),
     "queued in": lambda store, job, attempt: store.queued_in("image_resize", limit=100),
     "republish": lambda store, job, attempt: store.republish(job.job_id, 1, "lost"),
     "expired": lambda store, job, attempt: store.expired(),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -98,6 +98,12 @@ def test_a_worker_whose_lock_file_was_tidied_away_lives_while_it_renews(producer
     assert leases.judge(silent_for(16, holder.lease, holder.host_id)) is Liveness.DEAD
 
 
+def silent_in_its_file(leases, seconds):
+    """The holder of this process's lease, if it had not touched its file for so long."""
+    (leases._directory / leases._app.lease).write_text(f"{time.monotonic() - seconds:020.3f}")
+    return Holder(leases._app.lease, "w", leases.host_id, now(), now())
+
+
 def test_a_lock_file_in_use_looks_new_to_who_tidies_up(producer, leases):
     leases.take()
     path = producer.server_dir / "leases" / producer.app.lease
@@ -108,12 +114,38 @@ def test_a_lock_file_in_use_looks_new_to_who_tidies_up(producer, leases):
     assert time.time() - path.stat().st_mtime < 60
 
 
+def test_a_clock_that_is_set_kills_nobody(leases):
+    """As on a board without a battery, whose clock leaps ahead when it reaches a time server."""
+    leases.take()
+
+    assert leases.judge(silent_for(10**6, leases._app.lease, leases.host_id)) is Liveness.ALIVE
+
+
+def test_a_file_that_was_never_touched_proves_no_silence(leases):
+    leases.take()
+    (leases._directory / leases._app.lease).write_text("")
+
+    assert leases.judge(silent_for(0, leases._app.lease, leases.host_id)) is Liveness.ALIVE
+
+
+def test_a_full_disk_or_a_database_that_is_away_does_not_look_like_a_stopped_worker(leases, monkeypatch):
+    leases.take()
+    holder = silent_in_its_file(leases, 100)
+    assert leases.judge(holder) is Liveness.DEAD
+
+    monkeypatch.setattr(leases._app.store, "renew_lease", lambda *_: 1 / 0)
+    with suppress(ZeroDivisionError):
+        leases.renew()
+
+    assert leases.judge(holder) is Liveness.ALIVE
+
+
 def test_a_lease_that_is_renewed_more_seldom_than_every_minute_is_alive_for_longer(producer, leases, monkeypatch):
     leases.take()
     settings = replace(producer.app.settings, lease_timeout_s=300.0)
     monkeypatch.setitem(producer.app.__dict__, "settings", settings)
 
-    assert leases.judge(silent_for(200, producer.app.lease, leases.host_id)) is Liveness.ALIVE
+    assert leases.judge(silent_in_its_file(leases, 200)) is Liveness.ALIVE
 
 
 def test_another_process_of_this_host_lives_until_it_is_killed(producer, leases):
@@ -131,11 +163,9 @@ def test_another_process_of_this_host_lives_until_it_is_killed(producer, leases)
 
 
 @pytest.mark.parametrize(("silent_s", "liveness"), [(59, Liveness.ALIVE), (61, Liveness.DEAD)])
-def test_a_process_that_holds_its_lock_but_is_stopped_counts_as_dead_after_a_minute(
-    producer, leases, silent_s, liveness
-):
+def test_a_process_that_holds_its_lock_but_is_stopped_counts_as_dead_after_a_minute(leases, silent_s, liveness):
     leases.take()
-    silent = silent_for(silent_s, producer.app.lease, leases.host_id)
+    silent = silent_in_its_file(leases, silent_s)
 
     assert leases.judge(silent) is liveness
     assert not leases.is_let_go(silent)
@@ -204,6 +234,50 @@ def test_a_name_is_free_once_its_worker_ends_within_the_wait(producer, named, mo
         named.take()
 
     assert producer.app.lease
+
+
+START_TOGETHER = """
+import sys, time
+from tasks import app
+from tasks.errors import SettingsError
+app.store.holders()
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    app.leases.take()
+    print("alive", flush=True)
+except SettingsError as exc:
+    print("refused", exc, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_of_two_workers_of_one_name_that_begin_at_the_same_moment_one_is_refused(producer):
+    """As replicas of one container do."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "CL_SERVER_DIR": str(producer.server_dir)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", START_TOGETHER],
+            env=env | {"WORKER_ID": "twin"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = sorted(process.stdout.readline().split()[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+    assert said == ["alive", "refused", "refused"]
+    assert len(producer.app.store.holders(worker_id="twin")) == 1
 
 
 def test_a_directory_that_can_not_be_written_is_refused_by_its_variable(producer, leases):

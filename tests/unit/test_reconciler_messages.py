@@ -166,6 +166,78 @@ def test_as_many_as_the_workers_have_slots_may_have_been_reserved_since(
     assert (len(found(reconciler)) == 3) is is_lost
 
 
+@pytest.fixture
+def busy(counting):
+    """A queue that never runs empty: a lost message does not show in its count."""
+    counting.count = 100
+
+
+def found_twice(reconciler, clock):
+    assert found(reconciler) == set()
+    clock.pass_s(10)
+    return found(reconciler)
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_job_that_another_has_overtaken_has_lost_its_message(app, reconciler, clock, add):
+    lost, newer, newest = (add.delay(n, n) for n in range(3))
+    settled(app, lost, newest)
+    claimed_by(app, newer)
+
+    assert found_twice(reconciler, clock) == {lost.id}
+
+
+@pytest.mark.usefixtures("busy")
+def test_nobody_has_lost_a_message_while_only_older_jobs_run(app, reconciler, clock, add):
+    older, waiting = (add.delay(n, n) for n in range(2))
+    settled(app, waiting)
+    claimed_by(app, older)
+
+    assert found_twice(reconciler, clock) == set()
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize(("priority", "is_lost"), [(1, True), (9, False)])
+def test_who_has_a_higher_priority_may_overtake(app, reconciler, clock, add, priority, is_lost):
+    waiting, newer = add.apply_async((1, 1), priority=5), add.apply_async((2, 2), priority=priority)
+    settled(app, waiting)
+    claimed_by(app, newer)
+
+    assert (found_twice(reconciler, clock) == {waiting.id}) is is_lost
+
+
+@pytest.mark.usefixtures("busy")
+def test_who_runs_in_another_queue_overtakes_nobody(app, reconciler, clock, add):
+    waiting, newer = add.delay(1, 1), add.apply_async((2, 2), queue="fail")
+    settled(app, waiting)
+    claimed_by(app, newer)
+
+    assert found_twice(reconciler, clock) == set()
+
+
+@pytest.mark.usefixtures("busy")
+def test_who_was_reserved_in_time_is_not_overtaken(app, reconciler, clock, add):
+    reserved, newer = add.delay(1, 1), add.delay(2, 2)
+    settled(app, reserved)
+    claimed_by(app, newer)
+    app.store.heartbeat(beat_of("w1", reserved_tasks=[reserved.id]))
+
+    assert found_twice(reconciler, clock) == set()
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("changed", [{"publication": 2}, {"run_after_utc": now()}], ids=["retried", "rested"])
+def test_a_message_that_was_sent_late_is_overtaken_by_jobs_that_came_after_it(app, reconciler, clock, add, changed):
+    late, newer = add.delay(1, 1), add.delay(2, 2)
+    change(app, late, **changed)
+    settled(app, late)
+    claimed_by(app, newer)
+    assert found_twice(reconciler, clock) == set()
+
+    claimed_by(app, add.delay(3, 3))
+    assert found_twice(reconciler, clock) == {late.id}
+
+
 def test_more_lost_messages_than_one_look_takes_are_all_found_in_the_end(
     app, reconciler, counting, clock, add, monkeypatch
 ):
