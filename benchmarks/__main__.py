@@ -13,7 +13,7 @@ from benchmarks.machine import machine
 from benchmarks.measure import Options, Row
 
 FIGURES = {
-    "resize": "image_resize against a bare loop, the usual task, and itself without rows",
+    "resize": "image_resize against a bare loop, the usual task, and itself without MQTT and without rows",
     "broker": "the embedded broker alone against Redis and RabbitMQ",
     "pickup": "how soon an idle worker begins, and what it costs",
     "get": "how soon a waiting caller sees a completion",
