@@ -76,8 +76,8 @@ class _Cursor(ABC):
         """Whether it returned a row."""
 
     @abstractmethod
-    def scalar(self, sql: str) -> Any:
-        """The first column of the first row."""
+    def first(self, sql: str) -> tuple[Any, ...]:
+        """The first row; empty if there is none."""
 
     def write(self, store: Any, job: NewJob) -> None:
         """Insert the row, which rests until it is due, and its log row."""
@@ -95,11 +95,13 @@ class _Cursor(ABC):
         """Refuse a connection to another database: nobody would look for the job there."""
         database = store.database
         if self.is_sqlite:  # asked of the caller's connection alone: it may hold the write lock already
-            path = self.scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
+            # The statement, not the table of that name: to read one takes a snapshot, from which no write can follow
+            # once somebody else has written. The first row is the main file's.
+            _, _, path = self.first("PRAGMA database_list")
             is_same = bool(path) and database.path is not None and Path(path).resolve() == database.path.resolve()
         else:
             identity = None if database.is_sqlite else store.identity()  # made by the first call, so before the look
-            is_same = identity is not None and self.scalar(_HAS_TABLES) and self.scalar(_IDENTITY) == identity
+            is_same = identity is not None and self.first(_HAS_TABLES)[0] and self.first(_IDENTITY) == (identity,)
         if not is_same:
             raise InvalidArguments(
                 f"the connection is not of the job database {database}; submit with .delay() after your commit "
@@ -116,8 +118,8 @@ class _SqlAlchemy(_Cursor):
         result = self._connection.execute(statement, dict(values))
         return result.returns_rows and result.first() is not None
 
-    def scalar(self, sql: str) -> Any:
-        return self._connection.execute(text(sql)).scalar()
+    def first(self, sql: str) -> tuple[Any, ...]:
+        return tuple(self._connection.execute(text(sql)).first() or ())
 
 
 class _DbApi(_Cursor):
@@ -139,14 +141,12 @@ class _DbApi(_Cursor):
         cursor.close()
         return has_row
 
-    def scalar(self, sql: str) -> Any:
+    def first(self, sql: str) -> tuple[Any, ...]:
         cursor = self._connection.cursor()
         cursor.execute(sql)
         row = cursor.fetchone()
         cursor.close()
-        if isinstance(row, Mapping):
-            return next(iter(row.values()))
-        return row[0] if row else None
+        return tuple(row.values() if isinstance(row, Mapping) else row or ())
 
 
 def _cursor(connection: Any) -> _Cursor:

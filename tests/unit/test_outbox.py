@@ -133,6 +133,25 @@ def test_a_commit_writes_the_job_with_the_callers_own_rows_and_a_worker_sends_it
     assert run(host.task.add, job.id, 1, 2, publication=1) == 3
 
 
+def test_others_may_write_between_the_callers_begin_and_the_job(producer):
+    """A transaction that has read can't write any more once somebody else has written: SQLite does not wait there."""
+    path = producer.app.store.database.path
+    producer.app.store.counts()  # makes the tables
+
+    def somebody_writes(statement):
+        if statement.startswith("INSERT INTO task_queue"):
+            producer.app.store.log_worker("w1", "started", "between two statements of the caller")
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        connection.set_trace_callback(somebody_writes)
+        job = outbox.enqueue(connection, "add", 1, 2)
+        connection.set_trace_callback(None)
+        connection.execute("COMMIT")
+
+    assert producer.events(job) == ["created"]
+
+
 def test_a_rollback_leaves_no_job(host, caller):
     caller.own(OWN_ROW)
     job = outbox.enqueue(caller.connection, host.task.add, 1)
