@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from runpy import run_path
 from typing import Any, Final, TypeVar
@@ -45,6 +47,10 @@ class MediaTasks(Celery):
     control_cls = "tasks.control:RecordedControl"
     lease: str | None = None
     """Names this worker's lease, in its main process and in its pool children; see `tasks.leases`."""
+    waited_s = 0.0
+    """For how long this process has waited for the job database."""
+    outage_at = -inf
+    """When a worker's upkeep last found that it does not answer (`time.monotonic`)."""
     _is_loaded = False
 
     @property
@@ -109,7 +115,11 @@ class MediaTasks(Celery):
         """Call the store until the database answers: a job waits for it, it does not fail."""
         from db.engine import patiently
 
-        return patiently(call, on_wait=_warn_of_waiting)
+        asked_at = time.monotonic()
+        try:
+            return patiently(call, on_wait=_warn_of_waiting)
+        finally:
+            self.waited_s += time.monotonic() - asked_at
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802 (Celery's name)
@@ -167,7 +177,8 @@ class MediaTasks(Celery):
         """Send the message of a row, now, with its number. A message never expires by itself: it would vanish unsaid;
         a worker cancels the job by the header.
         """
-        headers = {**(options.get("headers") or {}), "publication": publication, "expires": expires}
+        own = {"publication": publication, "published_at": int(time.time()), "expires": expires}
+        headers = {**(options.get("headers") or {}), **own}
         timeless = {key: value for key, value in options.items() if key not in ("eta", "countdown", "expires")}
         super().send_task(
             name, args, kwargs, **timeless | {"headers": headers, "priority": self.wire_priority(priority)}

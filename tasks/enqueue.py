@@ -34,7 +34,7 @@ _NOT_KEPT: Final = (
     "task_type",
     "add_to_parent",
 )
-_OWN_HEADERS: Final = ("publication", "expires")
+_OWN_HEADERS: Final = ("publication", "published_at", "expires")
 
 
 class BrokerAway(OperationalError):

@@ -15,19 +15,29 @@ from hashlib import sha256
 from typing import Any, Final
 
 from celery import Task
-from celery.canvas import Signature
+from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
-from db.records import Claim, Decision
+from db.records import Claim, Decision, NewJob, Status
 from tasks import remedy
 from tasks.arguments import Arguments, named
-from tasks.errors import AttemptLost, JobTimeout, MediaTasksError, OutOfMemory, PermanentError, WorkerLost
+from tasks.errors import (
+    AttemptLost,
+    InvalidArguments,
+    JobTimeout,
+    MediaTasksError,
+    OutOfMemory,
+    PermanentError,
+    WorkerLost,
+)
 from tasks.leftovers import remove_temp_files
 from tasks.rows import job_of_request, parameters_of
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S: Final = 0.5
+# A database that takes longer than this to answer has kept a job from its work.
+OUTAGE_S: Final = 1.0
 # Redis hands a message to anyone once its visibility timeout is over, whether its holder lives or not.
 _REDELIVERED_AFTER_LOSS_ONLY: Final = ("sqlite", "amqp", "pyamqp", "amqps")
 
@@ -64,6 +74,7 @@ class Job(Task):
         """Claim the job, run the body, and turn a transient error into a retry."""
         if self.request.called_directly or not self.app.is_recorded(self.name):
             return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
+        self.app.waited_s = 0.0
         try:
             self._claim(args, kwargs)
         except SoftTimeLimitExceeded as exc:  # while it waited for the database: the job has not begun
@@ -83,9 +94,13 @@ class Job(Task):
             raise
         except Reject as exc:
             raise self._rejected(exc) from exc
-        except Retry:
+        except Retry as exc:
+            if not self.request.is_eager and self._owns():  # raised by hand: nobody has queued it again
+                raise PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)") from exc
             raise
         except SoftTimeLimitExceeded as exc:
+            if self.app.waited_s > OUTAGE_S:
+                raise self._rejected(Reject("its time went by in waiting for the job database", requeue=True)) from exc
             error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
             if not self.retry_on_timeout or self.request.is_eager:
                 raise error from exc
@@ -176,6 +191,19 @@ class Job(Task):
         self.request.retry_error = kwargs.get("exc") or (args[2] if len(args) > 2 else None)
         return super().retry(*args, **kwargs)
 
+    def replace(self, sig: Signature) -> Any:
+        """As Celery's, with another task. In the place of a canvas nobody would hold the row while its steps run.
+
+        Raises:
+            InvalidArguments: With a chain, a group or a chord.
+        """
+        if isinstance(sig, (_chain, group, chord)) and self.app.is_recorded(self.name):
+            raise InvalidArguments(
+                f"{self.name} can't be replaced by a {type(sig).__name__.lstrip('_')}; submit that by itself and "
+                "return its id, or replace it by one task"
+            )
+        return super().replace(sig)
+
     def signature(self, args: Any = None, *more: Any, **options: Any) -> Signature:
         """As Celery's, with relative paths made absolute here, where the job is put together."""
         kwargs = more[0] if more else options.pop("kwargs", None)
@@ -202,15 +230,37 @@ class Job(Task):
 
     # The guard
 
+    def _eager_publication(self) -> int:
+        """Of a run in the caller's process: its row's. A retry there comes inside of the attempt that asked for it."""
+        store, request = self.app.store, self.request
+        row = store.job(request.id)
+        if row is None:
+            return 1
+        is_own = (row["status"], row["lease"], row["claimed_by"]) == (Status.RUNNING, None, self.app.worker_id)
+        if is_own and request.retries:
+            store.requeue(request.id, attempt=row["attempt"], event="retry", retry_count=request.retries)
+        return int(row["publication"]) + (is_own and bool(request.retries))
+
+    def _unknown_job(self, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
+        """The row of a message that has none: another client's. One of ours that is so old has outlived its job, which
+        ended, and was removed.
+        """
+        sent_at, days = self.request.get("published_at"), self.app.settings.retention_days
+        if isinstance(sent_at, (int, float)) and time.time() - sent_at > days * 86400:
+            reason = f"its row is gone, and its message is older than RETENTION_DAYS={days:g}; submit it anew"
+            logger.warning("%s[%s] not run: %s", self.name, self.request.id, reason)
+            raise Ignore(reason)
+        return job_of_request(self, self.request, args, kwargs)
+
     def _claim(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
         request, app = self.request, self.app
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
         claim: Claim = app.patiently(
             lambda: app.store.claim(
-                lambda: job_of_request(self, request, args, kwargs),
+                lambda: self._unknown_job(args, kwargs),
                 job_id=request.id,
-                publication=request.get("publication") or 1,
+                publication=self._eager_publication() if request.is_eager else request.get("publication") or 1,
                 worker_id=app.worker_id,
                 lease=None if request.is_eager else app.lease,
                 is_loss=redelivered and app.settings.broker_url.startswith(_REDELIVERED_AFTER_LOSS_ONLY),

@@ -7,6 +7,7 @@ which finds running rows of this worker that nothing runs.
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -21,15 +22,18 @@ from celery.worker import state
 from celery.worker.request import Request
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Closed, now
+from db.records import Closed, Status, now
 from tasks import remedy
 from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
-from tasks.job import Job, poisoned, token_of
+from tasks.job import OUTAGE_S, Job, poisoned, token_of
 from tasks.leftovers import remove_temp_files
 from tasks.rows import describe
 
 logger = logging.getLogger(__name__)
+
+spared: Final[set[str]] = set()
+"""Jobs whose processes were ended although they were not at fault; their attempts are closed without a death."""
 
 processed: Final = {"completed": 0, "failed": 0}
 """How many jobs of this process have ended, for its heartbeat."""
@@ -102,21 +106,46 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._already_revoked = True  # what the pool says of the killed child is no news either
         state.task_ready(self)
         self._kill_what_it_started()
+        self._outcome = None
+        if not self._had_its_time(limit_s):
+            logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
+            spared.add(self.id)
+            closed = self._close("the database did not answer", event="released", is_death=False)
+            self.reject(requeue=closed is None)
+            return
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
         logger.error("%s[%s]: %s", self.name, self.id, error)
-        self._outcome = None
         if not (self.task.retry_on_timeout and self._retry(error)):
             self._outcome = "failed"
             self._fail(error)
         remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
         self.acknowledge()
 
+    def _had_its_time(self, limit_s: float) -> bool:
+        """Whether the body had the time of its limit, or most of it went by in waiting for the job database.
+
+        The child waits for the same database as this process: one write tells of an outage that goes on, and upkeep has
+        seen one that is over. While the write waits the child's own may come first, and with it the job's end.
+        """
+        asked_at = time.monotonic()
+        if self.app.outage_at > asked_at - limit_s:
+            return False
+        try:
+            self.app.leases.renew()
+            row = self.app.store.job(self.id)
+        except SQLAlchemyError:
+            return False
+        if row is None or row["publication"] != self._publication:
+            return True
+        is_waiting = row["status"] == Status.QUEUED
+        began_late = bool(row["started_at"]) and (now() - row["started_at"]).total_seconds() < limit_s - OUTAGE_S
+        return not (is_waiting or began_late or time.monotonic() - asked_at > OUTAGE_S)
+
     def _fail(self, error: JobTimeout) -> None:
-        """Fail the job, unless another worker has taken it over."""
-        row = self.app.patiently(lambda: self.app.store.job(self.id))
-        if row is None or row["lease"] in (None, self.app.lease):
-            if row is not None and row["lease"] is not None:
-                self._context.attempt = row["attempt"]
+        """Fail the job, unless it is no longer this message's and this worker's."""
+        row = self.app.patiently(self._own_row)
+        if row is not None:
+            self._context.attempt = row["attempt"]
             self.task.backend.mark_as_failure(self.id, error, request=self._context)
 
     def give_back(self, reason: str) -> None:

@@ -108,6 +108,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
                     logger.warning("%s: the job database does not answer: %s", name, exc)
                 is_silent = True
                 self._reconciler.interrupted()
+                self._app.outage_at = time.monotonic()
             except OperationalError as exc:
                 logger.warning("%s: the broker does not answer: %s", name, exc)
             except Exception:
@@ -176,7 +177,10 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             (row["job_id"], row["attempt"]) for row in self._app.store.held_by(me) if row["job_id"] not in running
         }
         for job_id, attempt in unclaimed & self._unclaimed:
-            self._app.store.close(job_id, attempt, reason="its process died, and nothing runs it any more")
+            reason, is_death = "its process died, and nothing runs it any more", job_id not in request.spared
+            event = "lost" if is_death else "released"
+            self._app.store.close(job_id, attempt, event=event, reason=reason, is_death=is_death)
+            request.spared.discard(job_id)
         self._unclaimed = unclaimed
 
     def _keep_pauses(self) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, update
 from db import statements
 from db.models import task_queue, worker_leases
 from db.records import Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Status, now
-from db.statements import RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
+from db.statements import ACTIVE, RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
 from db.store.base import Part, failure_columns, log, log_failure, publication_at, standing_of, text
 
 # A message that came back so often, from hosts that could not be looked at, counts as one that kills its workers.
@@ -213,16 +213,16 @@ class Attempts(Part):
         job, is never `published_at` a time.
         False if it came too late; True again when it is repeated by the attempt, or after a lost connection.
         """
-        of_fence = []
-        if attempt is not None:
-            of_fence.append(task_queue.c.attempt == attempt)
+        of_fence = [is_one_of([Status.QUEUED] if only_queued else UNFINISHED)]
+        if attempt is not None:  # one that has queued its job again has nothing more to end
+            of_fence = [task_queue.c.attempt == attempt, is_one_of(ACTIVE)]
         if publication is not None:
             of_fence.append(task_queue.c.publication == publication)
         key = ("end", job.job_id, status.value, attempt, publication)
         with self._writing(*key) as (connection, at, earlier), self.database.transaction():
             ending = (
                 update(task_queue)
-                .where(of_job, is_one_of([Status.QUEUED] if only_queued else UNFINISHED), *of_fence)
+                .where(of_job, *of_fence)
                 .values(
                     status=status,
                     completed_at=at,

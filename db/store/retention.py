@@ -17,11 +17,15 @@ class Retention(Part):
     """Removes in small batches, so that nobody waits long for the write lock."""
 
     def prune(self, before: datetime) -> int:
-        """Remove what ended before this time; a number of calls may be needed. Returns the jobs removed."""
+        """Remove what ended before this time; a number of calls may be needed. Returns the jobs removed.
+
+        Members of a chord that waits for others stay: they are to be counted.
+        """
         c = task_queue.c
+        has_fired = exists().where(task_groups.c.group_id == c.group_id, task_groups.c.fired_at.is_not(None))
         old = (
             select(c.id)
-            .where(c.created_at < before, is_one_of(sorted(TERMINAL)), c.completed_at < before)
+            .where(c.created_at < before, is_one_of(sorted(TERMINAL)), c.completed_at < before, ~c.in_chord | has_fired)
             .order_by(c.created_at)
             .limit(_BATCH)
         )

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from celery.exceptions import Ignore, Reject
+from celery import chain, chord, group
+from celery.exceptions import Ignore, Reject, Retry
 
 from tasks.arguments import InputPath, OutputPath
 from tasks.celery import app
@@ -119,10 +120,35 @@ def become_add(self: Job, x: int) -> Any:
 
 
 @app.task(bind=True)
+def become_canvas(self: Job, kind: str) -> Any:
+    canvas = {
+        "chain": chain(add.si(1, 2), add.s(3)),
+        "group": group([add.si(1, 2)]),
+        "chord": chord([add.s(1)], total.s()),
+    }
+    return self.replace(canvas[kind])
+
+
+@app.task(bind=True)
+def retry_by_hand(self: Job) -> None:
+    raise Retry("later")
+
+
+@app.task(bind=True)
 def become_later(self: Job, file: str) -> Any:
     """Another job in its place, a moment later; it must not come back as itself."""
     _append(file, "became")
     raise self.replace(add.si(40, 2).set(countdown=0.2))
+
+
+@app.task(bind=True)
+def retry_and_fail(self: Job, file: str) -> None:
+    """Ask for another try, and go on."""
+    _append(file, "run")
+    if self.request.retries:
+        return
+    self.retry(countdown=0.2, throw=False)
+    raise ValueError("too late to fail")
 
 
 @app.task(bind=True)
@@ -181,6 +207,15 @@ def stay_whatever(file: str, seconds: float) -> str:
         with suppress(Exception):
             time.sleep(deadline - time.monotonic())
     return "stayed"
+
+
+@app.task
+def dawdle(file: str, first_s: float, later_s: float) -> int:
+    """Take more time at the first attempt than later."""
+    _append(file, "run")
+    runs = len(Path(file).read_text().splitlines())
+    time.sleep(first_s if runs == 1 else later_s)
+    return runs
 
 
 @app.task(retry_on_timeout=True)

@@ -8,6 +8,7 @@ from db.records import now
 from tests.acceptance.deployment import deployed, lines
 from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
+from tests.unit.jobs import new_job
 
 pytestmark = pytest.mark.slow
 COMPLETED = ["created", "claimed", "started", "completed"]
@@ -87,3 +88,35 @@ def test_a_producer_publishes_while_the_embedded_brokers_file_is_deleted_again_a
         assert {tuple(event for event in own.events(job) if event != "republished") for job in jobs} == {
             tuple(COMPLETED)
         }
+
+
+@pytest.mark.parametrize("limit", ["time_limit", "soft_time_limit"])
+def test_a_job_whose_time_goes_by_while_the_database_is_locked_is_not_failed_for_it(server_dir, tmp_path, limit):
+    """One has done its work and can't say so, the other has not begun."""
+    with deployed(server_dir, tmp_path) as own:
+        own.start_worker("--concurrency=2")
+        done = own.task.stay.apply_async((str(tmp_path / "done"), 1.5), **{limit: 4})
+        eventually(lambda: lines(tmp_path / "done"), 10)
+        args, options = [str(tmp_path / "waiting"), 0.1], {"task_id": "waiting", "queue": "stay", limit: 4}
+        message = {"args": args, "kwargs": {}, "options": options}
+        own.app.store.enqueue(new_job("waiting", task_type="stay", queue="stay", message=message))
+        with Lock(own.server_dir / "media_store.db", 12.0):
+            own.app.publish("stay", args, {}, publication=1, priority=5, expires=None, options=options)
+
+        for job in (done, own.app.AsyncResult("waiting")):
+            assert job.get(**GET) == "stayed"
+            assert own.row(job)["deaths"] == 0
+            assert own.events(job).count("completed") == 1
+
+
+def test_a_job_that_was_replayed_is_not_failed_by_the_time_limit_of_its_earlier_run(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path) as own:
+        own.start_worker("--concurrency=2", "--pool=prefork")
+        job = own.task.dawdle.apply_async((str(tmp_path / "runs"), 30.0, 4.0), time_limit=6)
+        eventually(lambda: lines(tmp_path / "runs"), 10)
+        time.sleep(3)
+
+        assert own.app.store.close(job.id, 1, event="released", reason="as a replay does", is_death=False)
+
+        assert job.get(**GET) == 2
+        assert "failed" not in own.events(job)

@@ -9,6 +9,7 @@ from celery import chain, chord
 from kombu import Queue
 
 from tasks import control
+from tasks.errors import InvalidArguments, PermanentError
 from tests.acceptance.deployment import lines
 from tests.tooling.waiting import eventually
 
@@ -117,6 +118,31 @@ def test_a_job_may_replace_itself_by_one_that_is_due_later(own, task, tmp_path):
     assert (row["task_type"], row["queue"], row["parameters"]) == ("add", "add", {"x": 40, "y": 2})
 
 
+@pytest.mark.parametrize("kind", ["chain", "group", "chord"])
+def test_a_job_that_replaces_itself_by_a_canvas_fails_and_says_what_to_do(own, task, kind):
+    own.start_worker("--concurrency=1")
+
+    with pytest.raises(InvalidArguments, match=f"become_canvas can't be replaced by a {kind}; submit that by itself"):
+        task.become_canvas.delay(kind).get(**GET)
+
+
+def test_a_job_that_raises_retry_by_hand_fails_and_says_what_to_do(own, task):
+    own.start_worker("--concurrency=1")
+
+    with pytest.raises(PermanentError, match=r"use raise self\.retry\(exc=\.\.\.\)"):
+        task.retry_by_hand.delay().get(**GET)
+
+
+def test_an_error_after_a_retry_was_asked_for_does_not_end_the_retry(own, task, tmp_path):
+    own.start_worker("--concurrency=1")
+    job = task.retry_and_fail.delay(str(tmp_path / "runs"))
+
+    job.get(**GET)
+
+    assert lines(tmp_path / "runs") == ["run", "run"]
+    assert own.events(job) == ["created", "claimed", "started", "retry", "claimed", "started", "completed"]
+
+
 def test_a_job_that_is_given_back_by_its_body_runs_again_without_a_death(own, task, tmp_path):
     own.start_worker("--concurrency=1")
 
@@ -168,6 +194,14 @@ def test_an_eager_run_with_an_error_that_passes_fails_at_once(own, task, tmp_pat
 
     assert result.state == "FAILURE"
     assert own.row(result)["status"] == "failed"
+
+
+def test_an_eager_run_that_retries_itself_goes_on_at_once(own, task, tmp_path):
+    result = task.count_down.apply((str(tmp_path / "runs"), 2))
+
+    assert (result.state, lines(tmp_path / "runs")) == ("SUCCESS", ["2", "1", "0"])
+    again = ["retry", "claimed", "started"]
+    assert own.events(result.id) == ["created", "claimed", "started", *again, *again, "completed"]
 
 
 def test_a_message_of_another_client_that_is_due_later_keeps_all_that_it_asks_for(own):

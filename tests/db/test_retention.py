@@ -128,6 +128,20 @@ class TestTheRest:
         store.complete(job.job_id, claim(store, job).attempt, "result")
         assert store.chord_parts("g", None).is_mine
 
+    def test_a_chord_counts_members_that_ended_long_before_the_last_one(self, store):
+        early = completed(store, group_id="g", in_chord=True)
+        late = new_job(group_id="g", in_chord=True)
+        store.enqueue(late)
+        store.set_chord_size("g", 2)
+        assert not store.chord_parts("g", None).is_mine
+
+        assert store.prune(now()) == 0
+
+        store.complete(late.job_id, claim(store, late).attempt, "late")
+        assert store.chord_parts("g", None).results == ({}, "late")
+        assert store.prune(now()) == 2
+        assert store.job(early.job_id) is None
+
     def test_a_chord_that_has_fired_does_not_fire_again(self, store):
         job, attempt = running(store, group_id="g", in_chord=True)
         store.set_chord_size("g", 1)

@@ -1,14 +1,17 @@
 """The guard: one claim decides whether a message runs; and what the base task gives a body."""
 
 import re
+import time
 
 import pytest
 from celery.app.task import Context
 
-from db.records import Liveness
+from db.records import Failure, Liveness, Status, now
 from tasks import remedy
 from tasks.errors import AttemptLost
 from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
+
+FAILURE = Failure(error_type="E", error_message="m")
 
 
 def test_a_job_runs_once_and_its_message_has_no_effect_afterwards(producer, task):
@@ -98,6 +101,20 @@ def test_a_permanent_error_fails_the_job_at_once(producer, task):
 def test_a_message_without_a_row_gets_one(producer, task):
     assert run(task.add, "from-elsewhere", 40, 2) == 42
     assert producer.row("from-elsewhere")["parameters"] == {"x": 40, "y": 2}
+
+
+@pytest.mark.parametrize(("age_days", "result"), [(29, 42), (31, "IGNORED")])
+def test_a_message_that_has_outlived_its_row_does_not_bring_its_job_back(producer, task, age_days, result):
+    """A cancelled job of a queue that nobody served, say: its message lies there until somebody does."""
+    job = task.add.delay(40, 2)
+    (message,) = messages(producer, "add")
+    assert time.time() - message.headers["published_at"] < 60
+    producer.app.store.end(new_job(job.id), Status.CANCELLED, FAILURE)
+    producer.app.store.prune(now())
+
+    published_at = time.time() - age_days * 86400
+    assert run(task.add, job.id, 40, 2, publication=1, published_at=published_at) == result
+    assert (producer.app.store.job(job.id) is None) is (result == "IGNORED")
 
 
 def test_an_attempt_that_lost_its_job_neither_completes_nor_fails_it(producer, task):
