@@ -7,9 +7,9 @@ before the error reaches the caller, so that a caller who tries again gets one j
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from celery.canvas import maybe_signature
 from celery.utils.functional import maybe_list
@@ -24,6 +24,8 @@ from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
+
+T = TypeVar("T")
 
 _NOT_KEPT: Final = (
     "producer",
@@ -144,19 +146,32 @@ def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> tuple[str, Publicati
     store = app.store
     is_told = follows_up.get() and app.current_worker_task is None  # no pool child: the dispatcher sends it
     is_resting = is_told or app.settings.enqueue == "outbox" or job.run_after_utc is not None
-    if job.unique_key is not None:
-        job_id, publication = store.enqueue_unique(job, is_resting=is_resting)
-        if publication is None and job_id == job.job_id:  # it is known, and may have failed, as below
+
+    def enqueued() -> tuple[str, Publication | None]:
+        job_id, publication = job.job_id, None
+        if job.unique_key is not None:
+            job_id, publication = store.enqueue_unique(job, is_resting=is_resting)
+        else:
+            publication = store.enqueue(job, is_resting=is_resting)
+        if publication is None and job_id == job.job_id:  # it is known, and may have failed
             publication = store.replay(job_id, job=job, is_resting=is_resting, only_unsent=is_patient)
         return job_id, publication
 
-    def enqueued() -> Publication | None:
-        publication: Publication | None = store.enqueue(job, is_resting=is_resting) or store.replay(
-            job.job_id, job=job, is_resting=is_resting, only_unsent=is_patient
-        )
-        return publication
+    return app.patiently(enqueued) if is_patient else _twice(app, enqueued)
 
-    return job.job_id, app.patiently(enqueued) if is_patient else enqueued()
+
+def _twice(app: Any, call: Callable[[], T]) -> T:
+    """Call, and again if a server's answer was lost: the row may be written, and a caller who is told of an error will
+    submit a second job. The second call finds it.
+    """
+    from db.errors import DatabaseUnavailable
+
+    try:
+        return call()
+    except DatabaseUnavailable:
+        if app.store.database.is_sqlite:
+            raise
+    return call()
 
 
 def _requeue(

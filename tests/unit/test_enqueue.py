@@ -1,5 +1,6 @@
 """What `.delay()` writes and sends, in which order, and what it refuses."""
 
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from celery import Celery, chain, chord, group
 from kombu.exceptions import OperationalError
 
+from db import schema
+from db.errors import DatabaseUnavailable
 from tasks.errors import InvalidArguments, PathNotAllowed, UnknownQueue, UnknownTask
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import messages, run
@@ -53,6 +56,28 @@ def test_the_row_keeps_what_is_needed_to_publish_the_job_again(producer, task):
     assert (message["args"], message["kwargs"]) == ([1], {"y": 2})
     assert message["options"]["priority"] == 7
     assert message["options"]["time_limit"] == 9
+
+
+def test_a_producer_whose_database_loses_the_answer_of_a_commit_submits_one_job(
+    server_dir, tmp_path, fresh_postgres_url, monkeypatch
+):
+    with deployed(server_dir, tmp_path, {"DATABASE_URL": fresh_postgres_url}) as deployment:
+        store = deployment.app.store
+        schema.upgrade(store.database)
+        change = store._changing
+
+        @contextmanager
+        def losing():
+            monkeypatch.setattr(store, "_changing", change)
+            with change() as connection:
+                yield connection
+            raise DatabaseUnavailable("the connection was lost")
+
+        monkeypatch.setattr(store, "_changing", losing)
+        job = deployment.task.add.delay(1, 2)
+
+        assert [row["job_id"] for row in store.jobs()] == [job.id]
+        assert len(messages(deployment, "add")) == 1
 
 
 def test_the_row_is_there_before_the_broker_sees_the_job(producer, task, monkeypatch):
