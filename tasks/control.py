@@ -14,12 +14,13 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from celery.app.control import Control
+from celery.canvas import maybe_signature
 from sqlalchemy.exc import IntegrityError
 
 from db.records import Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
-from tasks.rows import request_of_row
+from tasks.rows import message_of_row, request_of_row, unsent
 
 LONGEST_PAUSE_S: Final = 10 * 365 * 86400.0
 
@@ -51,7 +52,8 @@ class Chapter:
 
 
 def cancel(job_id: str, reason: str = "", *, app: Any = None) -> bool:
-    """Cancel a job and what waits for it; False if it has ended already.
+    """Cancel a job and what waits for it; False if it has ended already. A step of a chain that has not been sent yet,
+    or the body of a chord, never will be.
 
     A queued job never starts. The process of a running one is ended within three seconds and its temp files are
     removed (prefork pool; in the others its output is dropped). It stays cancelled whatever restarts.
@@ -60,10 +62,13 @@ def cancel(job_id: str, reason: str = "", *, app: Any = None) -> bool:
         UnknownJob: No job has this id.
     """
     app = app or _app()
-    row = _row(app, job_id)
-    if Status(row["status"]).is_terminal:
+    said = f"cancelled: {reason}" if reason else "cancelled"
+    row = app.store.job(job_id)
+    if row is not None and Status(row["status"]).is_terminal:
         return False
-    app.backend.mark_as_revoked(job_id, f"cancelled: {reason}" if reason else "cancelled", request=request_of_row(row))
+    request = _step(app, job_id) if row is None else request_of_row(row)
+    if request is not None:
+        app.backend.mark_as_revoked(job_id, said, request=request)
     return bool(_row(app, job_id)["status"] == Status.CANCELLED)
 
 
@@ -210,7 +215,11 @@ class RecordedControl(Control):  # type: ignore[misc, unused-ignore]
         """As Celery's; also from Flower and `AsyncResult.revoke()`. A running job goes on unless `terminate`."""
         ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
         is_recorded = self.app.settings.mirror and not self.app.is_without_database
-        for row in self.app.store.jobs_by_id(ids) if is_recorded else ():
+        rows = self.app.store.jobs_by_id(ids) if is_recorded else []
+        for job_id in set(ids) - {row["job_id"] for row in rows} if is_recorded else ():
+            if (step := _step(self.app, job_id)) is not None:
+                self.app.backend.mark_as_revoked(job_id, "revoked", request=step)
+        for row in rows:
             if row["status"] == Status.QUEUED or (kwargs.get("terminate") and not Status(row["status"]).is_terminal):
                 fence = None if kwargs.get("terminate") else row["publication"]
                 request = request_of_row(row, publication=fence)
@@ -232,6 +241,26 @@ def _row(app: Any, job_id: str) -> Mapping[str, Any]:
     if row is None:
         raise UnknownJob(f"no job has the id {job_id}; celery -A tasks jobs list shows them")
     return row
+
+
+def _step(app: Any, job_id: str) -> Any:
+    """The request of a job that waits, without a row, in the message of the one before it; None if there is none.
+
+    As one that was sent: its predecessor, which knows nothing of this, sends no job that has ended.
+    """
+    for row in app.store.holding(job_id):
+        options = message_of_row(row)["options"]
+        chain, body = list(options.get("chain") or ()), options.get("chord")
+        steps = [(step, chain[:number]) for number, step in enumerate(chain)] + ([(body, None)] if body else [])
+        for step, followers in steps:
+            signature = maybe_signature(step, app=app)
+            if signature.id == job_id and signature.task in app.tasks:
+                request = unsent(
+                    signature.task, signature.args, signature.kwargs, {**signature.options, "chain": followers}
+                )
+                request.is_unsent = False
+                return request
+    return None
 
 
 def _queue_again(app: Any, job_id: str) -> bool:

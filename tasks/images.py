@@ -18,7 +18,6 @@ from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOpti
 # what takes half an hour, or as many seconds more as its input has megabytes, hangs.
 _IMAGE: dict[str, Any] = {
     "bind": True,
-    "typing": False,  # Celery's own check counts `self`, and does not say what a task takes
     "requires": ("pyvips",),
     "extra": "image",
     "time_limit": 1800.0,

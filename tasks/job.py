@@ -62,6 +62,9 @@ class Job(Task):
     """
 
     abstract = True
+    typing = (
+        False  # Celery's check counts `self`, does not say what a task takes, and fails the job before it in a chain
+    )
     throws = (MediaTasksError,)  # logged as one line: what was wrong with a file is no bug that needs a traceback
     validate: Callable[..., Any] | None = None
     requires: tuple[str, ...] = ()

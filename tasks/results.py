@@ -6,7 +6,7 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from kombu.exceptions import EncodeError
 from db.records import NewJob, Status
 from tasks.errors import ResultsNotRead
 from tasks.job import follows_up
+from tasks.remedy import is_transient
 from tasks.rows import describe, exception_of, job_of_request, json_fault, meta_of, request_of_row, unsent
 
 logger = logging.getLogger(__name__)
@@ -263,18 +264,32 @@ class JobBackend(BaseBackend):
         body = maybe_signature(request.chord, app=self.app)
         size = body.get("chord_size") or body.options.get("chord_size")
         parts = self.app.patiently(lambda: self.app.store.chord_parts(request.group, size))
-        if parts.results is not None:  # sent again, it makes no second job
+        if parts.results is not None:
+            self._begin_body(body, parts.results)
+        elif parts.is_mine or (is_again and parts.is_failed):
+            self._fail_body(body, self._reason(request, state, result), is_news=parts.is_mine)
+
+    def _begin_body(self, body: Any, results: Sequence[Any]) -> None:
+        """Publish it; sent again, it makes no second job."""
+        try:
             with _following_up():
-                body.delay(list(parts.results))
-        is_news = parts.is_mine
-        if parts.results is not None or not (is_news or (is_again and parts.is_failed)):
-            return
-        # Any member may be the one that notices: the reason is that of the one which failed.
+                body.delay(list(results))
+        except SoftTimeLimitExceeded:
+            raise
+        except Exception as exc:
+            if is_transient(exc):
+                raise
+            self._fail_body(body, exc, is_news=False)
+
+    def _reason(self, request: Any, state: str, result: Any) -> ChordError:
+        """Why a chord fails. Any member may be the one that notices: the reason is that of the one which failed."""
         if (failed := self.app.patiently(lambda: self.app.store.failed_member(request.group))) is not None:
             error = ChordError(f"member {failed['job_id']} of the chord {failed['status']}: {failed['error_message']}")
             error.__cause__ = exception_of(failed)
-        else:
-            error = ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
+            return error
+        return ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
+
+    def _fail_body(self, body: Any, error: Exception, *, is_news: bool) -> None:
         for task_id, signature in _results_of(body, self.app):
             options = {**signature.options, "task_id": task_id, "chord": None, "chain": None, "link_error": None}
             request = unsent(signature.task, signature.args, signature.kwargs, options)
@@ -283,7 +298,7 @@ class JobBackend(BaseBackend):
             return
         try:
             raise error  # Celery reads it from the stack, and only a worker's pool child has one
-        except ChordError:
+        except Exception:
             self.chord_error_from_stack(body, error)
 
 

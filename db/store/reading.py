@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import RowMapping, func, select
+from sqlalchemy import RowMapping, Text, cast, func, select
 
 from db import statements
 from db.models import task_logs, task_queue
 from db.records import Status
+from db.statements import UNFINISHED, is_one_of
 from db.store.base import Part
 
 IDS_IN_ONE_QUERY: Final = 1000
@@ -44,6 +45,11 @@ class Reading(Part):
             job_id = task_queue.c.job_id
             statement = statement.where(job_id >= id_prefix, job_id < id_prefix + LAST_CHARACTER)
         return self._rows(statement)
+
+    def holding(self, text: str) -> list[RowMapping]:
+        """Unfinished jobs whose messages hold a text, as that of a job holds the ids of the steps that follow it."""
+        holds = cast(task_queue.c.message, Text).contains(text, autoescape=True)
+        return self._rows(select(task_queue).where(is_one_of(UNFINISHED), holds).order_by(task_queue.c.id))
 
     def logs(self, job_id: str) -> list[RowMapping]:
         """A job's changes, in order."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, case, null, select, update
+from sqlalchemy import Connection, case, exists, null, select, update
 from sqlalchemy.exc import IntegrityError
 
 from db import statements
@@ -82,13 +82,18 @@ class Submissions(Part):
 
         Args:
             job: What is submitted now: a step of a chain, say, whose arguments hold the new result before it.
-            only_unsent: Only a job that was never sent: it ended with the job that it waited for.
+            only_unsent: Only a job that was never sent: it ended with the one that it waited for, which lives again.
 
         Raises:
             sqlalchemy.exc.IntegrityError: Another job with its `unique_key` lives.
         """
         c = task_queue.c
-        fences = [c.published_at.is_(None), c.run_after_utc.is_(None)] if only_unsent else []
+        fences: list[Any] = []
+        if only_unsent:
+            parent = task_queue.alias()
+            is_over = parent.c.status.in_(UNSUCCESSFUL)
+            fences = [c.published_at.is_(None), c.run_after_utc.is_(None)]
+            fences += [~exists().where(parent.c.job_id == job.parent_id, is_over)] if job and job.parent_id else []
         with self._writing("replay", job_id) as (connection, at, earlier), self.database.transaction():
             row = connection.execute(
                 update(task_queue)

@@ -1,6 +1,7 @@
 """`celery -A tasks jobs cancel | retry | replay`: what people do to jobs."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -21,10 +22,15 @@ def cancel_jobs(app: Any, job_ids: Sequence[str], reason: str) -> None:
     """Cancel jobs, and what waits for them. A running one is ended by its worker, within three seconds."""
     from db.records import Status
     from tasks import control
+    from tasks.errors import UnknownJob
 
     def cancel(job_id: str) -> None:
+        is_cancelled = False
+        if not app.store.jobs(id_prefix=job_id, limit=1):
+            with suppress(UnknownJob):  # a step of a chain, perhaps, that waits for the one before it
+                is_cancelled = control.cancel(job_id, reason, app=app)
         row = job_row(app.store, job_id)
-        is_cancelled = control.cancel(row["job_id"], reason, app=app)
+        is_cancelled = is_cancelled or control.cancel(row["job_id"], reason, app=app)
         status = _status_now(app, row)
         if not is_cancelled and status != Status.CANCELLED:
             raise click.ClickException(f"{row['job_id']} is {status} already; there is nothing to cancel")

@@ -29,6 +29,12 @@ def total(numbers: list[int]) -> int:
     return sum(numbers)
 
 
+@app.task(typing=True)
+def strict_total(numbers: list[int]) -> int:
+    """Celery itself looks at its arguments, before we do."""
+    return sum(numbers)
+
+
 @app.task
 def note(file: str, text: str = "", sleep_s: float = 0.0) -> str:
     """Append "begin" and "end" to a file, so that a test can count how often the body ran."""

@@ -10,6 +10,7 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError
 from celery.result import AsyncResult, GroupResult
 
+from tasks.errors import InvalidArguments
 from tests.acceptance.deployment import REPOSITORY, lines
 from tests.tooling.waiting import eventually
 
@@ -264,6 +265,24 @@ def test_jobs_that_ignore_their_results_fail_their_rows(deployment, task):
 
 def test_jobs_that_ignore_their_results_count_in_chords(task):
     assert chord([task.quiet.s(1), task.quiet.s(2), task.add.s(3, 0)], task.total.s())().get(**GET) == 6
+
+
+def test_a_step_that_can_not_work_fails_and_not_the_job_before_it(deployment, task):
+    steps = chain(task.add.si(1, 1), task.add.s(2, 3, 4), task.add.s(5))()
+
+    with pytest.raises(InvalidArguments, match="add"):
+        steps.get(**GET)
+
+    states = [deployment.row(step)["status"] for step in (steps.parent.parent, steps.parent, steps)]
+    assert states == ["completed", "failed", "failed"]
+
+
+def test_a_chord_whose_body_can_not_work_fails_at_once(deployment, task):
+    for body in (task.total, task.strict_total):
+        result = chord([task.add.si(1, 1), task.add.si(2, 2)], body.s(2, 3))()
+        with pytest.raises((InvalidArguments, TypeError), match="total"):
+            result.get(**GET)
+        assert deployment.row(result)["status"] == "failed"
 
 
 def test_a_job_that_is_submitted_by_a_job_knows_its_parent_and_root(deployment, task):

@@ -106,6 +106,15 @@ def run(task: Any, job_id: str, *args: Any, **headers: Any) -> Any:
     return outcome.retval if outcome.info is None else outcome.info.state
 
 
+def run_message(producer: Any, task: Any) -> Any:
+    """Run the one message of a task's queue."""
+    (message,) = messages(producer, task.name)
+    args, kwargs, embedded = message.payload
+    assert not kwargs
+    headers = {name: value for name, value in {**message.headers, **embedded}.items() if name not in ("id", "task")}
+    return run(task, message.headers["id"], *args, **headers)
+
+
 def mend(findings: Iterable[Any]) -> list[str]:
     """Mend what was found; the subjects."""
     found = list(findings)

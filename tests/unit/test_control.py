@@ -10,7 +10,7 @@ from tasks import control
 from tasks.errors import CorruptMedia, InvalidArguments, UnknownJob, UnknownQueue
 from tasks.request import JobRequest
 from tasks.rows import describe
-from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run
+from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run, run_message
 
 
 def failed(producer, job):
@@ -55,6 +55,44 @@ def test_a_running_job_that_is_cancelled_loses_its_attempt(producer, app, add):
     assert app.store.cancelled_of([job.id]) == {job.id}
     assert not app.store.owns(job.id, attempt)
     assert not app.store.complete(job.id, attempt, 2)
+
+
+def cancel(job):
+    assert control.cancel(job.id)
+
+
+@pytest.mark.parametrize("end", [cancel, lambda job: job.revoke()], ids=["cancel", "revoke"])
+def test_a_step_that_was_not_sent_yet_can_be_cancelled_and_takes_with_it_what_follows(producer, add, end):
+    last = chain(add.si(1, 1), add.s(2), add.s(3)).delay()
+    first, middle = last.parent.parent, last.parent
+
+    end(middle)
+
+    assert statuses(producer, first, middle, last) == ["queued", "cancelled", "cancelled"]
+    assert run_message(producer, add) == 2
+    assert statuses(producer, first, middle, last) == ["completed", "cancelled", "cancelled"]
+    assert messages(producer, "add") == []
+
+
+def test_the_body_of_a_chord_can_be_cancelled_before_its_members_have_ended(producer, add):
+    body = chord([add.si(1, 1)], producer.task.total.s()).delay()
+
+    assert control.cancel(body.id)
+
+    assert run_message(producer, add) == 2
+    assert statuses(producer, body) == ["cancelled"]
+    assert messages(producer, "total") == []
+
+
+def test_a_step_is_not_sent_by_a_job_that_was_cancelled_in_its_last_moment(producer, add, monkeypatch):
+    """After it was asked whether it still owns its job, before it has sent what follows."""
+    last = chain(add.si(1, 1), add.s(2)).delay()
+    monkeypatch.setattr(add, "confirm", lambda: control.cancel(last.parent.id))
+
+    run_message(producer, add)
+
+    assert statuses(producer, last.parent, last) == ["cancelled", "cancelled"]
+    assert messages(producer, "add") == []
 
 
 @pytest.fixture
