@@ -163,6 +163,8 @@ class Reconciler:
             self._app.backend.mark_as_failure(row["job_id"], poisoned(closed.deaths, max_deaths), request=request)
 
     def _forget(self, holder: Holder) -> None:
+        for row in self._store.cancelled_under(holder):  # who was to end them has died before it did
+            remove_temp_files_of_row(self._app, row, token_of(row["job_id"], row["attempt"]))
         self._store.worker_lost(holder.worker_id, holder.lease)
         self._store.forget_lease(holder.lease)
 

@@ -80,6 +80,14 @@ class Workers(Part):
             select(task_queue).where(c.claimed_by == holder.worker_id, is_one_of(ACTIVE), c.lease == holder.lease)
         )
 
+    def cancelled_under(self, holder: Holder) -> list[RowMapping]:
+        """The rows that were cancelled while this lease held their attempt."""
+        c = task_queue.c
+        is_cancelled = c.status == Status.CANCELLED
+        return self._rows(
+            select(task_queue).where(c.claimed_by == holder.worker_id, is_cancelled, c.lease == holder.lease)
+        )
+
     def cancelled_of(self, job_ids: Collection[str]) -> set[str]:
         """Which of these jobs are cancelled."""
         c = task_queue.c

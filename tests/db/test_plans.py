@@ -39,6 +39,7 @@ CALLS = {
     "settle": lambda store, job, attempt: store.settle(job.job_id),
     "unsettled": lambda store, job, attempt: store.unsettled(now()),
     "held by": lambda store, job, attempt: [store.held_by(holder) for holder in store.holders()],
+    "cancelled under": lambda store, job, attempt: [store.cancelled_under(holder) for holder in store.holders()],
     "forget lease": lambda store, job, attempt: store.forget_lease("lease of worker-1"),
     "cancelled of": lambda store, job, attempt: store.cancelled_of([job.job_id, "other"]),
     "failed member": lambda store, job, attempt: store.failed_member("g"),

@@ -6,6 +6,7 @@ import pytest
 from celery import chain, chord
 
 from db.records import Status, now
+from tasks import control
 from tasks.errors import CorruptMedia
 from tasks.job import token_of
 from tasks.rows import describe
@@ -73,6 +74,18 @@ def test_only_the_temp_files_of_the_dead_attempt_are_removed(producer, reconcile
     assert not mine.exists()
     assert all(path.exists() for path in kept)
     assert (tmp_path / "out.webp").exists()
+
+
+def test_a_job_that_was_cancelled_after_its_worker_died_leaves_no_temp_file(producer, reconciler, tmp_path):
+    job = producer.task.image_resize.delay(tmp_path / "in.jpg", tmp_path / "out.webp", width=9)
+    attempt = claimed_by(producer.app, job)
+    control.cancel(job.id)
+    part = tmp_path / f".media-tasks-{token_of(job.id, attempt)}-abc.part"
+    part.touch()
+
+    mend(reconciler.dead_holders())
+
+    assert not part.exists()
 
 
 def test_a_dead_worker_is_shown_as_lost_and_its_lease_forgotten(app, reconciler):
