@@ -214,11 +214,10 @@ CLOSE: Final = (
     .returning(*RETURNED)
 )
 RESTING: Final = {"published_at": None, "publication": _job.publication + 1}
-CLOSE_RESTING: Final = CLOSE.values(**RESTING, run_after_utc=bindparam("b_now"))
 REST: Final = (
     update(task_queue)
     .where(of_job, _job.publication == bindparam("b_publication"), _job.status == Status.QUEUED)
-    .values(**RESTING, run_after_utc=bindparam("b_now"))
+    .values(RESTING)
 )
 COMPLETE: Final = Change(
     update(task_queue)

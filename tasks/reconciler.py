@@ -129,7 +129,7 @@ class Reconciler:
 
     def dispatch(self, limit: int) -> int:
         """Publish the jobs that are due; how many there were."""
-        if (due := self._store.next_due()) is None or due > now():
+        if (due_s := self._store.next_due_s()) is None or due_s > 0:
             return 0
         rows = self._store.take_due(limit)
         self._outlet.is_away = False

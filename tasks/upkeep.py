@@ -147,9 +147,8 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         """Publish what is due; seconds until the next job is."""
         if self._reconciler.dispatch(PUBLISHED_AT_ONCE) >= PUBLISHED_AT_ONCE:
             return 0.0
-        due = self._app.store.next_due()
-        wait_s = ROUND_S if due is None else (due - now()).total_seconds()
-        return min(max(wait_s, SHORTEST_WAIT_S), ROUND_S)
+        due_s = self._app.store.next_due_s()
+        return min(max(ROUND_S if due_s is None else due_s, SHORTEST_WAIT_S), ROUND_S)
 
     def has_duty(self, name: str) -> bool:
         """Whether this worker has a duty; it takes one that nobody alive has."""

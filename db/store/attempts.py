@@ -1,7 +1,7 @@
 """One job's way through its row: claimed, closed or requeued, ended; each a single atomic change."""
 
 from collections.abc import Callable, Collection, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, update
@@ -119,7 +119,7 @@ class Attempts(Part):
         key = ("close", job_id, attempt)
         with self._writing(*key) as (connection, at, earlier), self.database.transaction():
             bound = {"b_job_id": job_id, "b_now": at}
-            closed = _close(connection, bound, attempt, event, reason, is_death=is_death, is_resting=True)
+            closed = _close(connection, bound, attempt, event, reason, is_death=is_death, due_at=self._clock())
             if closed is None and earlier:
                 standing = standing_of(connection, job_id)
                 if standing is not None and standing["updated_at"] in earlier:
@@ -171,9 +171,9 @@ class Attempts(Part):
 
     def rest(self, job_id: str, publication: int, *, delay_s: float = 0.0) -> bool:
         """Let a queued job rest until `delay_s` from now: its message could not be sent, or came to a paused queue."""
+        resting = statements.REST.values(run_after_utc=self._clock(-delay_s))
         with self._changing() as connection:
-            bound = {"b_job_id": job_id, "b_publication": publication, "b_now": now() + timedelta(seconds=delay_s)}
-            return connection.execute(statements.REST, bound).rowcount == 1
+            return connection.execute(resting, {"b_job_id": job_id, "b_publication": publication}).rowcount == 1
 
     def owns(self, job_id: str, attempt: int) -> bool:
         """The fencing check: whether `attempt` is still the running one."""
@@ -276,9 +276,11 @@ def _close(
     reason: str,
     *,
     is_death: bool,
-    is_resting: bool = False,
+    due_at: Any = None,
 ) -> Closed | None:
-    statement = statements.CLOSE_RESTING if is_resting else statements.CLOSE
+    statement = statements.CLOSE
+    if due_at is not None:  # it rests
+        statement = statement.values(**statements.RESTING, run_after_utc=due_at)
     row = connection.execute(statement, bound | {"b_attempt": attempt, "b_deaths": int(is_death)}).one_or_none()
     if row is None:
         return None

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy import RowMapping, func, select, update
+from sqlalchemy import RowMapping, func, select, type_coerce, update
 
-from db.models import task_queue
+from db.models import UTCDateTime, task_queue
 from db.records import Status, now
 from db.statements import ACTIVE, RESTING, is_one_of, is_paused, of_job
 from db.store.base import Part, log
@@ -26,7 +26,9 @@ class Dispatch(Part):
         with self._writing("take_due") as (connection, at, _):
             due = (
                 select(_job.id)
-                .where(_IS_QUEUED, _job.published_at.is_(None), _job.run_after_utc <= at, ~is_paused(_job.queue))
+                .where(
+                    _IS_QUEUED, _job.published_at.is_(None), _job.run_after_utc <= self._clock(), ~is_paused(_job.queue)
+                )
                 .order_by(_job.priority.desc(), _job.id)
                 .limit(limit)
             )
@@ -39,14 +41,14 @@ class Dispatch(Part):
             rows = list(connection.execute(taking, {"b_now": at}).mappings())
         return sorted(rows, key=lambda row: (-row["priority"], row["id"]))
 
-    def next_due(self) -> datetime | None:
-        """When the next resting job is due; None if there is none."""
+    def next_due_s(self) -> float | None:
+        """In how many seconds the next resting job is due, 0 or less if it is; None if there is none."""
+        is_resting = _IS_QUEUED, _job.published_at.is_(None), ~is_paused(_job.queue)
+        clock = type_coerce(self._clock(), UTCDateTime())
         with self._reading() as connection:
-            statement = select(func.min(_job.run_after_utc)).where(
-                _IS_QUEUED, _job.published_at.is_(None), ~is_paused(_job.queue)
-            )
-            due: datetime | None = connection.execute(statement, {"b_now": now()}).scalar()
-            return due
+            first = select(func.min(_job.run_after_utc)).where(*is_resting).scalar_subquery()
+            due, seen_at = connection.execute(select(first, clock), {"b_now": now()}).one()
+            return (due - seen_at).total_seconds() if due is not None else None
 
     def published(self, before: datetime) -> dict[str, int]:
         """How many queued jobs of each queue were published before this time."""
@@ -81,7 +83,7 @@ class Dispatch(Part):
             row = connection.execute(
                 update(task_queue)
                 .where(of_job, _IS_QUEUED, _job.publication == publication)
-                .values(**RESTING, run_after_utc=at, updated_at=at, sequence=_job.sequence + 1)
+                .values(**RESTING, run_after_utc=self._clock(), updated_at=at, sequence=_job.sequence + 1)
                 .returning(_job.job_id, _job.sequence),
                 {"b_job_id": job_id},
             ).one_or_none()
@@ -92,7 +94,7 @@ class Dispatch(Part):
 
     def expired(self, limit: int = 1000) -> list[RowMapping]:
         """Queued jobs whose time is over."""
-        return self._rows(select(task_queue).where(_IS_QUEUED, _job.expires_at <= now()).limit(limit))
+        return self._rows(select(task_queue).where(_IS_QUEUED, _job.expires_at <= self._clock()).limit(limit))
 
     def queued_in(self, queue: str, limit: int = 1000) -> Collection[RowMapping]:
         """Queued jobs of one queue, whatever they wait for."""

@@ -8,13 +8,11 @@ who could show them (`log_writers`). In SQLite writers come one after the other.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Final
 
 from sqlalchemy import RowMapping, Text, bindparam, case, cast, func, or_, select, text, update
 
 from db.models import duties, task_logs, task_queue, worker_leases
-from db.records import now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part
 
@@ -89,7 +87,7 @@ class Relaying(Part):
     def silent_holder(self, duty: str, silent_s: float) -> str | None:
         """The lease that holds a duty, if it was not renewed for so long; it may live nevertheless."""
         holder = select(duties.c.holder).join(worker_leases, worker_leases.c.lease == duties.c.holder)
-        is_silent = worker_leases.c.renewed_at < now() - timedelta(seconds=silent_s)
+        is_silent = worker_leases.c.renewed_at < self._clock(silent_s)
         with self._reading() as connection:
             return connection.scalar(holder.where(duties.c.name == duty, is_silent))
 

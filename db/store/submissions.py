@@ -106,7 +106,7 @@ class Submissions(Part):
                     deliveries=0,
                     progress=0.0,
                     stage=None,
-                    run_after_utc=((job and job.run_after_utc) or at) if is_resting else None,
+                    run_after_utc=((job and job.run_after_utc) or self._clock()) if is_resting else None,
                     completed_at=None,
                     published_at=None if is_resting else at,
                     updated_at=at,

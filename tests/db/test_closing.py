@@ -20,7 +20,7 @@ class TestClose:
         row = row_of(store, job)
         assert (row["status"], row["attempt"], row["publication"], row["deaths"]) == ("queued", 2, 2, 1)
         assert (row["progress"], row["stage"], row["published_at"]) == (0.0, None, None)
-        assert before <= row["run_after_utc"] == row["updated_at"] <= now()
+        assert before <= row["updated_at"] <= row["run_after_utc"] <= now()
         assert claim(store, job, publication=1).decision is Decision.STALE
         assert [due["job_id"] for due in store.take_due(10)] == [job.job_id]
         assert claim(store, job, publication=2).attempt == 3

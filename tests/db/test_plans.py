@@ -28,7 +28,7 @@ CALLS = {
     "enqueue the same": lambda store, job, attempt: [store.enqueue_unique(new_job(unique_key="k")) for _ in range(2)],
     "living": lambda store, job, attempt: store.living("k"),
     "take due": lambda store, job, attempt: store.take_due(100),
-    "next due": lambda store, job, attempt: store.next_due(),
+    "next due": lambda store, job, attempt: store.next_due_s(),
     "published": lambda store, job, attempt: store.published(now()),
     "published in": lambda store, job, attempt: store.published_in("image_resize", now(), limit=100),
     "newest running": lambda store, job, attempt: store.newest_running("image_resize"),
