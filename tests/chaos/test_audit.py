@@ -1,12 +1,27 @@
-"""The audit finds what a storm must not leave: here, what subscribers are told."""
+"""The audit finds what a storm must not leave, that alone, and nothing where no harm was done."""
 
+import shutil
+import tempfile
+from collections import Counter
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pyvips
+from sqlalchemy import delete, insert, select, update
 
+from db.models import task_logs, task_queue
+from tests.acceptance.deployment import deployed
+from tests.chaos import servers
 from tests.chaos.audit import Audit
+from tests.chaos.chronicle import MOVES
 from tests.chaos.crew import Blow
+from tests.chaos.material import Material
+from tests.chaos.workload import QUEUES, Job, Order
+from tests.conftest import required
+
+# What subscribers are told
 
 BEGIN = datetime(2026, 11, 22, tzinfo=UTC)
 LOG = ["created", "claimed", "started", "completed"]
@@ -79,3 +94,331 @@ def test_no_claim_in_a_long_outage_of_mqtt_is_a_finding(away_s, claimed_after_s,
 
     assert bool(audit.findings) == is_fault
     assert f"within the {away_s} s" in said
+
+
+# What became of jobs
+
+
+class Storm:
+    """Jobs of every kind, as a real worker that is gone since has ended them. What a test does to them is undone."""
+
+    def __init__(self, own, directory):
+        self.app = own.app
+        self.roots = [directory / "out", directory / "notes"]
+        for folder in (*self.roots, directory / "in" / "broken", directory / "direct"):
+            folder.mkdir(parents=True)
+        self._material = Material(directory)
+        (pyvips.Image.perlin(300, 200) * 100 + 128).cast("uchar").jpegsave(str(directory / "in" / "photo.jpg"))
+        out, notes = self.roots
+        missing = {"input": str(self._material.broken("missing.jpg")), "output": str(out / "b.webp"), "width": 64}
+        self.jobs = {
+            "image": self._image("image", out / "i.webp"),
+            "later": self._image("image", out / "l.png", countdown=1.0),
+            "broken": Job("broken", "image_resize", missing, error="InputMissing", output=out / "b.webp"),
+            "retry": self._noting("retry", "recover", notes / "r"),
+            "killer": self._noting("killer", "kill_its_worker", notes / "k", error="WorkerLost"),
+            "member": self._image("member", out / "m.jpg"),
+            "second member": self._image("member", out / "n.jpg"),
+            "body": self._noting("body", "note_parts", notes / "c"),
+        }
+        chord = [self.jobs[name] for name in ("member", "second member", "body")]
+        chord[-1].members = tuple(job.job_id for job in chord[:-1])
+        self._orders = [Order(0.0, chord), *(Order(0.0, [job]) for job in self.jobs.values() if job not in chord)]
+
+    def _image(self, kind, output, **options):
+        recipe = self._material.resize(self._material.photos[0], 64, output.suffix)
+        return Job(kind, recipe.task, recipe.call(output), options, recipe=recipe, output=output)
+
+    def _noting(self, kind, task, notes, error=None):
+        return Job(kind, task, {"file": str(notes)}, error=error, notes=notes)
+
+    def run(self, own):
+        worker = own.start_worker("--concurrency=2", env={"MAX_DEATHS": 1})
+        for order in self._orders:
+            order.submit(self.app)
+        for job in self.jobs.values():
+            own.wait_for(job.job_id, "failed" if job.error else "completed", timeout_s=40)
+        own.stop(worker)
+        with self.app.store.database.reading() as connection:
+            tables = (task_queue, task_logs)
+            self._rows = {
+                table: [dict(row) for row in connection.execute(select(table)).mappings()] for table in tables
+            }
+        self._files = {path: path.read_bytes() for path in self._found()}
+
+    def undo(self):
+        self.execute(delete(task_logs))
+        self.execute(delete(task_queue))
+        for table, rows in self._rows.items():
+            self.execute(insert(table), rows)
+        for path in self._found():
+            path.unlink()
+        for path, content in self._files.items():
+            path.write_bytes(content)
+
+    def _found(self):
+        return [path for root in self.roots for path in root.rglob("*") if path.is_file()]
+
+    def execute(self, *statement):
+        with self.app.store.database.transaction() as connection:
+            connection.execute(*statement)
+
+    def id(self, name):
+        return self.jobs[name].job_id
+
+    def row(self, name):
+        return self.app.store.job(self.id(name))
+
+    def change(self, name, **values):
+        self.execute(update(task_queue).where(task_queue.c.job_id == self.id(name)).values(**values))
+
+    def at(self, name, seconds):
+        """When the log row with this number was written, if `retell` wrote it."""
+        return self.row(name)["created_at"] + timedelta(seconds=seconds)
+
+    def retell(self, name, events, **values):
+        """Give a job another log, a second between any two changes, and its row what that comes to."""
+        counts, claims, logs = Counter(events.split()), 0, []
+        for number, event in enumerate(events.split(), 1):
+            claims += event in ("claimed", "lost", "released")
+            logs.append(
+                {"job_id": self.id(name), "sequence": number, "event_type": event, "created_at": self.at(name, number)}
+                | {"worker_id": "w1", "details": {"attempt": claims} if event == "claimed" else None}
+            )
+        self.execute(delete(task_logs).where(task_logs.c.job_id == self.id(name)))
+        self.execute(insert(task_logs), logs)
+        row = {"status": MOVES[event][1], "sequence": len(logs), "attempt": claims}
+        self.change(name, **{**row, "deaths": counts["lost"], "retry_count": counts["retry"], **values})
+
+    def audited(self, *blows, remains=None):
+        audit = Audit(self.app, self._material, blows)
+        audit.jobs(list(self.jobs.values()))
+        audit.files(self.roots, list(self.jobs.values()))
+        audit.messages(remains or {})
+        return audit
+
+
+@pytest.fixture(scope="module")
+def past(tmp_path_factory):
+    server_dir = Path(tempfile.mkdtemp(prefix="mt-")).resolve()  # a short path: unix sockets are made in it
+    with deployed(server_dir, tmp_path_factory.mktemp("logs")) as own:
+        storm = Storm(own, tmp_path_factory.mktemp("storm"))
+        storm.run(own)
+        yield storm
+    shutil.rmtree(server_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def storm(past):
+    yield past
+    past.undo()
+
+
+def findings(audit):
+    return [(finding.verdict, finding.text) for finding in audit.findings]
+
+
+def assert_found(audit, *expected, name, storm):
+    """Exactly these verdicts, with these words, on that job."""
+    assert [verdict for verdict, _ in findings(audit)] == [verdict for verdict, _ in expected], findings(audit)
+    assert [text for (_, text), (_, words) in zip(findings(audit), expected, strict=True) if words not in text] == []
+    assert {finding.job_id for finding in audit.findings} == {storm.id(name)}
+
+
+def test_a_storm_that_did_no_harm_has_no_finding(storm):
+    audit = storm.audited()
+
+    assert findings(audit) == []
+    assert (audit.excused, audit.recoveries) == ([], [])
+    assert (audit.events["completed"], audit.events["failed"], audit.events["lost"]) == (6, 2, 1)
+
+
+ONCE = "created claimed started completed"
+WITHOUT_END = ("wrong", "its log has 0 terminal events")
+
+
+@pytest.mark.parametrize(
+    ("name", "events", "values", "expected"),
+    [
+        ("image", "created claimed started failed", {"error_type": "OSError"}, [("lost", "it failed: OSError: None")]),
+        ("image", "created claimed started cancelled", {}, [("lost", "it cancelled: None")]),
+        ("image", "created", {}, [WITHOUT_END, ("stuck", "it is queued")]),
+        ("image", "created claimed started", {}, [WITHOUT_END, ("stuck", "it is running")]),
+        (
+            "image",
+            f"{ONCE} completed",
+            {},
+            [
+                ("wrong", "event 5, completed, comes while it is completed"),
+                ("wrong", "its log has 2 terminal events"),
+                ("duplicated", "it completed 2 times"),
+            ],
+        ),
+        ("image", "claimed started completed", {}, [("wrong", "event 1, claimed, comes while it is nowhere")]),
+        ("image", ONCE, {"sequence": 5}, [("wrong", "its row has sequence 5, its log 4 rows")]),
+        ("image", ONCE, {"deaths": 1}, [("wrong", "its row has deaths 1, its log makes that 0")]),
+        ("image", ONCE, {"attempt": 2}, [("wrong", "its row has attempt 2, its log makes that 1")]),
+        ("image", ONCE, {"retry_count": 1}, [("wrong", "its row has retry_count 1, its log makes that 0")]),
+        (
+            "image",
+            ONCE,
+            {"status": "failed", "error_type": "OSError"},
+            [("wrong", "its row is failed, its log ends with completed"), ("lost", "it failed: OSError")],
+        ),
+        ("image", ONCE, {"result_data": {"width": 1}}, [("wrong", "its result is {'width': 1}; it should be {")]),
+        ("broken", ONCE, {}, [("wrong", "where InputMissing was planted"), ("lost", "it is completed, and ")]),
+        ("retry", ONCE, {}, [("wrong", "it must have run at least twice; its result is 2")]),
+        ("body", ONCE, {"result_data": [1]}, [("wrong", "the body of the chord was given [1]")]),
+        ("later", ONCE, {"created_at": datetime.max.replace(tzinfo=UTC)}, [("wrong", "before its time")]),
+        (
+            "image",
+            "created claimed started lost claimed started completed",
+            {},
+            [("wrong", "attempt 1 on w1 counts as dead; nothing killed it")],
+        ),
+        (
+            "image",
+            "created claimed started released claimed started completed",
+            {},
+            [("wrong", "attempt 1 was released, and w1 was not terminated")],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_must_not_become_of_a_job_is_found(storm, name, events, values, expected):
+    storm.retell(name, events, **values)
+
+    assert_found(storm.audited(), *expected, name=name, storm=storm)
+
+
+def test_a_job_without_its_row_is_lost(storm):
+    storm.execute(delete(task_queue).where(task_queue.c.job_id == storm.id("image")))
+
+    assert_found(storm.audited(), ("lost", "it was accepted and has no row"), name="image", storm=storm)
+
+
+def test_a_gap_in_a_log_is_found(storm):
+    logs = task_logs.c
+    storm.execute(delete(task_logs).where(logs.job_id == storm.id("image"), logs.sequence == 3))
+
+    expected = [
+        ("wrong", "its log is numbered [1, 2, 4]"),
+        ("wrong", "its row has sequence 4, its log 3 rows"),
+        ("wrong", "event 4, completed, comes while it is claimed"),
+    ]
+    assert_found(storm.audited(), *expected, name="image", storm=storm)
+
+
+def test_a_job_that_nobody_submitted_is_a_double(storm):
+    other = storm.app.tasks["add"].delay(1, 1)
+
+    assert findings(storm.audited()) == [("duplicated", f"a job of add that nobody submitted: {other.id}")]
+
+
+def test_an_output_that_is_not_there_is_lost(storm):
+    storm.jobs["image"].output.unlink()
+
+    assert_found(storm.audited(), ("lost", "it is completed, and "), name="image", storm=storm)
+
+
+def test_an_output_with_one_other_byte_is_wrong(storm):
+    output = storm.jobs["member"].output
+    output.write_bytes(output.read_bytes()[:-1] + b"!")
+
+    assert_found(storm.audited(), ("wrong", f"{output} differs from "), name="member", storm=storm)
+
+
+def test_an_output_of_a_job_that_failed_is_wrong(storm):
+    output = storm.jobs["broken"].output
+    output.write_bytes(b"half")
+
+    assert_found(storm.audited(), ("wrong", f"it failed, and {output} is there"), name="broken", storm=storm)
+
+
+def test_a_temp_file_is_found_wherever_it_was_left(storm):
+    left = storm.roots[0] / ".media-tasks-0.1-i.webp"
+    left.write_bytes(b"half")
+
+    assert findings(storm.audited()) == [("wrong", f"a file that is no output was left: {left}")]
+
+
+# What blows explain
+
+LOST_ONCE = "created claimed started lost claimed started completed"
+LOST_THRICE = "created claimed started lost claimed started lost claimed started lost failed"
+
+
+def test_a_death_that_was_dealt_is_no_finding_and_its_recovery_is_measured(storm):
+    storm.retell("image", LOST_ONCE)
+
+    audit = storm.audited(Blow("child killed", storm.at("image", 3.5), "w1"))
+
+    assert findings(audit) == []
+    assert [(each.kind, each.seconds) for each in audit.recoveries] == [("child killed", 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "worker", "after_s"),
+    [("child killed", "w2", 3.5), ("child stopped", "w1", 3.5), ("child killed", "w1", 60)],
+    ids=["another worker", "no death", "later"],
+)
+def test_another_blow_does_not_explain_a_death(storm, kind, worker, after_s):
+    storm.retell("image", LOST_ONCE)
+
+    audit = storm.audited(Blow(kind, storm.at("image", after_s), worker))
+
+    assert_found(audit, ("wrong", "attempt 1 on w1 counts as dead"), name="image", storm=storm)
+
+
+def test_three_deaths_that_were_dealt_excuse_a_failure(storm):
+    storm.retell("image", LOST_THRICE, error_type="WorkerLost")
+    storm.jobs["image"].output.unlink()
+
+    audit = storm.audited(*(Blow("main killed", storm.at("image", seconds), "w1") for seconds in (3, 6, 9)))
+
+    assert findings(audit) == []
+    assert len(audit.excused) == 1
+
+
+def test_a_failure_for_two_deaths_is_a_job_lost(storm):
+    storm.retell("image", LOST_THRICE.replace("lost claimed started", "", 1), error_type="WorkerLost")
+
+    audit = storm.audited(*(Blow("main killed", storm.at("image", seconds), "w1") for seconds in (3, 6)))
+
+    assert_found(audit, ("lost", "it failed: WorkerLost"), name="image", storm=storm)
+
+
+@pytest.mark.parametrize(("until_s", "expected"), [(9, []), (4, ["lost"])], ids=["at each attempt", "at one"])
+def test_a_disk_that_was_full_at_each_attempt_excuses_a_failure(storm, until_s, expected):
+    events = "created claimed started retry claimed started failed"
+    storm.retell("image", events, error_type="DiskFull")
+
+    audit = storm.audited(Blow("disk full", storm.at("image", 2), until=storm.at("image", until_s)))
+
+    assert [verdict for verdict, _ in findings(audit)] == expected
+    assert len(audit.excused) == (0 if expected else 1)
+
+
+# What is left in a broker
+
+
+@pytest.mark.parametrize("kind", ["embedded", "redis", pytest.param("rabbitmq", marks=pytest.mark.slow)])
+def test_a_message_that_is_left_in_a_broker_is_found(kind, request, server_dir, tmp_path):
+    if kind == "embedded":
+        broker = servers.EmbeddedBroker(server_dir)
+    else:
+        with required():
+            broker = servers.RedisBroker() if kind == "redis" else servers.RabbitmqBroker(QUEUES)
+    request.addfinalizer(broker.remove)
+    broker.start()
+    with deployed(server_dir, tmp_path, broker.env) as own:
+        own.task.note_parts.apply_async(([], str(tmp_path / "never")), priority=9)
+        own.task.note_parts.apply_async(([], str(tmp_path / "never")), priority=2)
+        audit = Audit(own.app, material=None, blows=[])
+
+        audit.messages(broker.remains(QUEUES))
+
+        assert findings(audit) == [("wrong", "the broker still has 2 messages in note_parts")]
+        with own.app.connection_for_write() as connection, connection.channel() as channel:
+            assert [channel.basic_get("note_parts", no_ack=True) for _ in range(3)][2] is None
+        assert broker.remains(QUEUES) == {}
