@@ -5,15 +5,17 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from celery import chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry
 
 from tasks.arguments import InputPath, OutputPath
 from tasks.celery import app
-from tasks.errors import LimitExceeded, TransientError
+from tasks.errors import LimitExceeded, RateLimited, TransientError
 from tasks.job import Job
 
 
@@ -88,6 +90,20 @@ def recover(file: str, failures: int = 1) -> int:
     if runs <= failures:
         raise TransientError(f"the network is away, run {runs}")
     return runs
+
+
+@app.task
+def be_limited(retry_after_s: int) -> None:
+    """A server asks to be left alone, as our own error says it."""
+    raise RateLimited("slow down", retry_after_s)
+
+
+@app.task
+def be_limited_by_http(retry_after_s: int) -> None:
+    """As the standard library says it, by the header."""
+    headers = Message()
+    headers["Retry-After"] = str(retry_after_s)
+    raise HTTPError("http://host/", 429, "Too Many Requests", headers, None)
 
 
 @app.task

@@ -90,6 +90,20 @@ def test_a_transient_error_lets_the_job_rest_until_its_retry(producer, task, tmp
     assert messages(producer, "recover") == []
 
 
+@pytest.mark.parametrize("name", ["be_limited", "be_limited_by_http"])
+@pytest.mark.parametrize(("said_s", "rests_s"), [(90, 90), (7200, 600)])
+def test_a_job_rests_for_as_long_as_a_server_wants_to_be_left_alone(producer, task, name, said_s, rests_s):
+    limited = getattr(task, name)
+    job = limited.delay(said_s)
+    messages(producer, name)
+
+    assert run(limited, job.id, said_s, publication=1) == "RETRY"
+    row = producer.row(job)
+    assert (row["status"], row["published_at"], row["retry_count"]) == ("queued", None, 1)
+    assert (row["run_after_utc"] - row["updated_at"]).total_seconds() == pytest.approx(rests_s, abs=1)
+    assert producer.app.store.take_due(10) == []
+
+
 def test_a_permanent_error_fails_the_job_at_once(producer, task):
     job = task.fail.delay()
 
