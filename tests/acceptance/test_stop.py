@@ -76,13 +76,17 @@ def test_at_the_end_of_the_grace_running_jobs_are_given_back(own, task, tmp_path
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_second_signal_gives_running_jobs_back(own, task, tmp_path, pool):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)],
+)
+def test_a_second_signal_gives_running_jobs_back(own, task, tmp_path, pool, first, second):
     worker = own.start_worker("-P", pool, "--concurrency=1")
     job = running_job(own, task, tmp_path, 25.0)
 
-    worker.terminate()
+    worker.signal(first)
     worker.wait_for_log("running jobs have", 10)
-    worker.terminate()
+    worker.signal(second)
 
     own.wait_for(job, "queued", timeout_s=10)
     assert worker.wait(25) == 0
