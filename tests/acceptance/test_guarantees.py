@@ -9,9 +9,15 @@ import pytest
 import pyvips
 from celery import chain
 from kombu import Connection
+from sqlalchemy import text
 
 from db import schema
+from tasks.errors import CorruptMedia, InputMissing, LimitExceeded, UnsupportedMedia
 from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
+from tests.mqtt.listener import Listener
+from tests.mqtt.road import Road
+from tests.mqtt.said import one_warning, warnings
+from tests.services import HOST, unique_name
 from tests.tooling import processes
 from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
@@ -226,21 +232,120 @@ class TestDatabaseAway:
         assert running.get(**GET) == "job"
         assert own.events(running) == COMPLETED
 
-    def test_a_server_that_restarts_delays_jobs_and_fails_none(self, private_postgres, server_dir, tmp_path):
+    @pytest.mark.parametrize("broker", ["rabbitmq", "redis"], indirect=True)
+    def test_a_locked_table_delays_jobs_and_fails_none(self, own, task, tmp_path):
+        worker = own.start_worker("--concurrency=2")
+        running = task.note.delay(str(tmp_path / "runs"), "job", 1.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        own.app.control.cancel_consumer("add", reply=True, timeout=2)
+        waiting = task.add.delay(1, 1)  # published, and found by the worker while the table is locked
+
+        with own.app.store.database.transaction() as connection:
+            connection.execute(text("LOCK TABLE task_queue IN ACCESS EXCLUSIVE MODE"))
+            own.app.control.add_consumer("add", reply=True, timeout=2)
+            eventually(lambda: lines(tmp_path / "runs", "end"), 20)
+            time.sleep(6)
+
+        assert (running.get(**GET), waiting.get(**GET)) == ("job", 2)
+        assert own.events(running) == own.events(waiting) == COMPLETED
+        assert lines(tmp_path / "runs") == ["begin job", "end job"]
+        assert worker.is_alive()
+
+    def test_a_server_that_restarts_delays_jobs_and_fails_none(
+        self, request, broker, private_postgres, server_dir, tmp_path
+    ):
         server = private_postgres()
-        with server.server.database() as url, deployed(server_dir, tmp_path, {"DATABASE_URL": url}) as own:
-            schema.upgrade(own.app.store.database)
-            own.start_worker("--concurrency=2")
-            jobs = [own.task.note.delay(str(tmp_path / f"{n}"), str(n), 1.0) for n in range(4)]
-            eventually(lambda: lines(tmp_path / "0"), 20)
+        with server.server.database() as url:
+            env = {"DATABASE_URL": url}
+            if broker != "embedded":
+                env["CELERY_BROKER_URL"] = request.getfixturevalue(f"fresh_{broker}_url")
+            with deployed(server_dir, tmp_path, env) as own:
+                schema.upgrade(own.app.store.database)
+                worker = own.start_worker("--concurrency=2")
+                jobs = [own.task.note.delay(str(tmp_path / f"{n}"), str(n), 1.0) for n in range(4)]
+                eventually(lambda: lines(tmp_path / "0"), 20)
 
-            server.stop()
-            time.sleep(3)
-            server.start()
+                server.stop()
+                time.sleep(3)
+                server.start()
 
-            assert [job.get(**GET) for job in jobs] == ["0", "1", "2", "3"]
-            assert all(own.row(job)["status"] == "completed" for job in jobs)
-            assert all(lines(tmp_path / str(n))[-1] == f"end {n}" for n in range(4))
+                assert [job.get(**GET) for job in jobs] == ["0", "1", "2", "3"]
+                assert {own.events(job).count("completed") for job in jobs} == {1}
+                assert all(lines(tmp_path / str(n))[-1] == f"end {n}" for n in range(4))
+                assert worker.is_alive()
+
+
+class TestMqttBrokerDownSlowOrWrongPassword:
+    @pytest.fixture
+    def prefix(self):
+        return unique_name()
+
+    @pytest.fixture
+    def start(self, own, prefix):
+        """Start a worker that speaks MQTT to a port."""
+
+        def start(port, **env):
+            topics = {"MQTT_TOPIC": f"{prefix}/events", "CAPABILITY_TOPIC_PREFIX": f"{prefix}/workers"}
+            mqtt = {"BROADCAST_TYPE": "mqtt", "MQTT_BROKER": HOST, "MQTT_PORT": port, "WORKER_ID": f"{prefix}-w"}
+            return own.start_worker("--concurrency=2", env={**topics, **mqtt, **env})
+
+        return start
+
+    @pytest.fixture
+    def listen(self, request, prefix):
+        def listen(port):
+            listener = Listener(port, prefix)
+            request.addfinalizer(listener.close)
+            return listener
+
+        return listen
+
+    @staticmethod
+    def run_jobs(own, count=30):
+        began = time.monotonic()
+        jobs = [own.task.add.delay(number, 1) for number in range(count)]
+        assert [job.get(**GET) for job in jobs] == list(range(1, count + 1))
+        assert events_of_all(own, jobs) == {tuple(COMPLETED)}
+        assert time.monotonic() - began < 15
+        return jobs
+
+    def test_down_jobs_do_not_notice_and_all_is_said_on_its_return(self, own, start, listen, prefix, private_mosquitto):
+        broker = private_mosquitto("max_queued_messages 0")
+        worker = start(broker.port)
+        listen(broker.port).wait_for_capability(f"{prefix}-w")
+        broker.stop()
+
+        jobs = self.run_jobs(own)
+        one_warning(worker)
+        broker.start()
+
+        listener = listen(broker.port)
+        assert listener.wait_for_capability(f"{prefix}-w")["idle_count"] == 2
+        after = own.task.add.delay(1, 1)
+        listener.wait_for_change(after, "completed")
+        assert len(warnings(worker)) == 1
+        assert events_of_all(own, [*jobs, after]) == {tuple(COMPLETED)}
+
+    def test_slow_jobs_do_not_notice(self, own, start, listen, private_mosquitto):
+        broker = private_mosquitto()
+        with Road(broker.port, bytes_per_s=10_000) as road:
+            worker = start(road.port)
+            listener = listen(broker.port)
+
+            jobs = self.run_jobs(own)
+
+            assert len(listener.events()) < 4 * len(jobs)  # it is slow indeed
+            listener.wait_for_change(jobs[-1], "completed", 40)
+            assert warnings(worker) == []
+
+    def test_wrong_password_jobs_do_not_notice(self, own, start, private_mosquitto):
+        broker = private_mosquitto(allow_anonymous=False)
+        worker = start(broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD="hunter2-wrong")
+
+        self.run_jobs(own)
+
+        assert "MQTT_USERNAME and MQTT_PASSWORD" in one_warning(worker)
+        assert "hunter2" not in worker.log()
 
 
 @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
@@ -272,6 +377,55 @@ class TestDiskFull:
         assert str(small_disk / "out.png") in row["error_message"]
         assert own.events(job).count("retry") == 2
         assert os.listdir(small_disk) == []  # noqa: PTH208
+
+
+class TestSigtermSigint:
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    def test_running_jobs_finish_and_the_rest_is_given_back(self, own, task, tmp_path, signum):
+        worker = own.start_worker("--concurrency=1")
+        running = task.note.delay(str(tmp_path / "runs"), "job", 5.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        waiting = [task.note.delay(str(tmp_path / f"{n}"), str(n)) for n in range(4)]
+
+        worker.signal(signum)
+        own.start_worker("--concurrency=1")
+
+        assert [job.get(**GET) for job in waiting] == ["0", "1", "2", "3"]
+        assert {own.row(job)["claimed_by"] for job in waiting} == {"w2"}
+        assert worker.wait() == 0
+        assert events_of_all(own, [running, *waiting]) == {tuple(COMPLETED)}
+        assert lines(tmp_path / "runs") == ["begin job", "end job"]
+
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_requeues_running_jobs(self, own, task, tmp_path, signum):
+        worker = own.start_worker("--concurrency=1")
+        job = task.note.delay(str(tmp_path / "runs"), "job", 4.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        own.wait_for(job, "running")
+
+        worker.signal(signum)
+        worker.wait_for_log("running jobs have 300 s", 10)
+        worker.signal(signum)
+        own.start_worker("--concurrency=1")
+
+        assert job.get(**GET) == "job"
+        assert worker.wait(25) == 0
+        assert own.events(job) == ["created", "claimed", "started", "released", "claimed", "started", "completed"]
+        assert (own.row(job)["claimed_by"], own.row(job)["deaths"], own.row(job)["retry_count"]) == ("w2", 0, 0)
+        assert lines(tmp_path / "runs") == ["begin job", "begin job", "end job"]
+
+    def test_the_end_of_the_grace_requeues_them_too(self, own, task, tmp_path):
+        worker = own.start_worker("--concurrency=1", env={"SHUTDOWN_GRACE_S": 1})
+        job = task.note.delay(str(tmp_path / "runs"), "job", 30.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        own.wait_for(job, "running")
+
+        worker.terminate()
+
+        row = own.wait_for(job, "queued")
+        assert worker.wait(25) == 0
+        assert (row["deaths"], row["retry_count"]) == (0, 0)
+        assert own.events(job) == ["created", "claimed", "started", "released"]
 
 
 class TestCancel:
@@ -333,3 +487,37 @@ class TestCancel:
         own.start_worker("--concurrency=1")
         assert task.add.delay(1, 1).get(**GET) == 2
         assert not (tmp_path / "never").exists()
+
+
+class TestBadInput:
+    def test_it_fails_at_once_with_file_limit_and_remedy(self, own, task, tmp_path):
+        worker = own.start_worker("--concurrency=1", env={"MAX_PIXELS": 10_000})
+        files = {name: tmp_path / f"{name}.jpg" for name in ("missing", "text", "cut", "large")}
+        pyvips.Image.gaussnoise(90, 90).cast("uchar").jpegsave(str(files["cut"]))
+        files["cut"].write_bytes(files["cut"].read_bytes()[:2000])
+        files["text"].write_text("This is no picture.\n" * 100)
+        pyvips.Image.black(400, 300).jpegsave(str(files["large"]))
+        pyvips.Image.black(60, 40).pngsave(str(tmp_path / "good.png"))
+
+        jobs = {
+            name: task.image_resize.delay(file, tmp_path / "out" / "out.webp", width=30) for name, file in files.items()
+        }
+        good = task.image_resize.delay(tmp_path / "good.png", tmp_path / "good.webp", width=30)
+
+        assert good.get(**GET)["width"] == 30
+        expected = {
+            "missing": (InputMissing, "does not exist"),
+            "text": (UnsupportedMedia, "not an image"),
+            "cut": (CorruptMedia, ""),
+            "large": (LimitExceeded, "(MAX_PIXELS): give a smaller one, or raise it"),
+        }
+        for name, (error, words) in expected.items():
+            row = own.row(jobs[name])
+            assert own.events(jobs[name]) == ["created", "claimed", "started", "failed"]
+            assert (row["error_type"], row["retry_count"], row["deaths"]) == (error.__name__, 0, 0)
+            assert str(files[name]) in row["error_message"]
+            assert words in row["error_message"]
+            with pytest.raises(error):
+                jobs[name].get(**GET)
+        assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+        assert worker.is_alive()
