@@ -276,6 +276,8 @@ def on_worker_process_init(**_: Any) -> None:
 
 tasks.broker.register()
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
+TRANSPORT_ALIASES.update(dict.fromkeys(("amqp", "pyamqp"), "tasks.amqp_transport:Transport"))
+TRANSPORT_ALIASES["amqps"] = "tasks.amqp_transport:SSLTransport"
 app = MediaTasks("media_tasks", set_as_current=False, config_source=CONFIGURATION)
 signals.import_modules.connect(on_import_modules, sender=app, dispatch_uid="media_tasks.import_modules", weak=False)
 signals.celeryd_init.connect(on_celeryd_init, dispatch_uid="media_tasks.celeryd_init", weak=False)

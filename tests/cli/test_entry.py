@@ -101,6 +101,35 @@ def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, way):
     assert "hunter2" not in done.stderr
 
 
+@pytest.fixture(params=["a wrong password", "a missing vhost", "a missing database", "a stranger"])
+def refused_url(request):
+    """A broker that answers, and refuses, with what it says."""
+    if request.param == "a wrong password":
+        url = request.getfixturevalue("rabbitmq_server").url()
+        return url.replace("guest:guest@", "guest:hunter2@"), "Login was refused"
+    if request.param == "a missing vhost":
+        return request.getfixturevalue("rabbitmq_server").url("no such vhost"), "vhost no such vhost not found"
+    server = f"127.0.0.1:{request.getfixturevalue('redis_server').port}"
+    if request.param == "a missing database":
+        return f"redis://{server}/9999", "DB index is out of range"
+    return f"redis://nobody:hunter2@{server}/0", "invalid username-password pair"
+
+
+@pytest.mark.parametrize("command", ["submit image_resize a.jpg b.webp --width 80", "worker -c 1"])
+def test_a_broker_that_refuses_ends_a_command_with_what_to_look_at(celery, refused_url, command):
+    url, reason = refused_url
+
+    done = celery(*command.split(), env={"CELERY_BROKER_URL": url})
+
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert "CELERY_BROKER_URL: the broker at " in said
+    assert f"refuses ({reason}" in said.replace("ACCESS_REFUSED - ", "").replace("NOT_ALLOWED - ", "")
+    assert "; look at user, password and " in said
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stderr + done.stdout
+
+
 @pytest.mark.parametrize(("level", "has_traceback"), [("INFO", False), ("DEBUG", True)])
 def test_a_broken_plug_in_is_named_in_one_line(celery, tmp_path, level, has_traceback):
     site = install_entry_point(tmp_path / "site", "half_done", "broken-plugin")

@@ -1,0 +1,33 @@
+"""kombu's RabbitMQ transport, which says what a server refuses, and what helps. A worker does not wait for that."""
+
+from typing import Any
+
+from amqp.exceptions import AccessRefused, NotAllowed
+from kombu.transport import pyamqp
+
+from tasks.broker.errors import BrokerUnusable
+
+
+class _Explained:
+    """Connections whose refusal names the setting."""
+
+    client: Any
+
+    def establish_connection(self) -> Any:
+        try:
+            return super().establish_connection()  # type: ignore[misc]
+        except (AccessRefused, NotAllowed) as exc:
+            if "is down" in exc.reply_text:  # a vhost that is about to come back
+                raise
+            raise BrokerUnusable(
+                f"CELERY_BROKER_URL: the broker at {self.client.as_uri()} refuses ({exc.reply_text}); look at "
+                "user, password and vhost (rabbitmqctl change_password, add_vhost and set_permissions help)"
+            ) from exc
+
+
+class Transport(_Explained, pyamqp.Transport):  # type: ignore[misc, unused-ignore]
+    """RabbitMQ, as kombu has it."""
+
+
+class SSLTransport(_Explained, pyamqp.SSLTransport):  # type: ignore[misc, unused-ignore]
+    """The same with TLS."""
