@@ -30,8 +30,11 @@ InputPath = Annotated[str, _PATH, "input"]
 """A file to read: absolute by the time that a worker sees it. In a chain, the result of a job stands for its output."""
 OutputPath = Annotated[str, _PATH, "output"]
 """A file or directory to write."""
+MAPS: Final = ("celery.map", "celery.starmap", "celery.chunks")
+"""Tasks that call another one many times in one message. No worker serves them: no row of theirs could tell how far."""
 LONGEST_S: Final = 100 * 365 * 86400
 LONGEST_NAME: Final = 255
+_CANVAS: Final = ("chain", "chord", "link", "link_error")
 _SECONDS: Final = f"a number of seconds, such as 60 ({LONGEST_S:,} at most)"
 _TIME: Final = "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"
 _SIGNATURE: Final = "a signature, such as image_conversion.s('/out.png', format='png'), or a list of them"
@@ -174,12 +177,23 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     The times are left to `due` and `expiry`.
 
     Raises:
-        InvalidArguments: An option is of the wrong kind or out of its range.
+        InvalidArguments: An option is of the wrong kind or out of its range; or the task or what follows is in `MAPS`.
     """
+    if name in MAPS or any(_has_map(options.get(option)) for option in _CANVAS):
+        raise InvalidArguments(f"{name}: no worker serves map, starmap and chunks; send a group of the calls instead")
     for option, (is_usable, takes) in _USABLE.items():
         value = options.get(option)
         if value is not None and not is_usable(value):
             raise refused(name, option, value, takes)
+
+
+def _has_map(step: Any) -> bool:
+    if isinstance(step, (list, tuple)):
+        return any(map(_has_map, step))
+    if not isinstance(step, Mapping):
+        return False
+    kwargs = step.get("kwargs") or {}
+    return step.get("task") in MAPS or any(_has_map(kwargs.get(inner)) for inner in ("tasks", "header", "body"))
 
 
 def due(name: str, options: Mapping[str, Any]) -> datetime | None:

@@ -18,6 +18,7 @@ from kombu.utils.uuid import uuid
 
 import tasks.broker
 from tasks import capabilities
+from tasks.arguments import MAPS
 from tasks.errors import SettingsError
 from tasks.settings import Settings, settings
 
@@ -150,7 +151,7 @@ class MediaTasks(Celery):
         More options: `unique_key` and `unique_for`, see the README.
         """
         self.load_capabilities()
-        if positional or not self.is_recorded(name):
+        if name not in MAPS and (positional or not self.is_recorded(name)):
             if not name.startswith(capabilities.OWN_PREFIX):
                 args, kwargs = self._prepare(name, args, kwargs, options)
             return super().send_task(name, args, kwargs, *positional, **options)

@@ -69,6 +69,25 @@ def test_an_option_that_can_not_be_used_is_refused_by_its_name_and_what_it_takes
     assert messages(producer, "add") == []
 
 
+@pytest.mark.parametrize(
+    "canvas_of",
+    [
+        lambda add: add.map([1, 2]),
+        lambda add: add.starmap([(1, 2)]),
+        lambda add: add.chunks([(1, 2), (3, 4)], 1),
+        lambda add: chain(add.s(1, 2), add.starmap([(1, 2)])),
+        lambda add: chord([add.s(1, 2)], add.starmap([(1, 2)])),
+        lambda add: chain(add.s(1, 2), group(add.s(1), add.starmap([(1, 2)])), add.s(1)),
+    ],
+    ids=["map", "starmap", "chunks", "in a chain", "behind a chord", "in a group in a chain"],
+)
+def test_a_map_that_no_worker_serves_is_refused_with_what_to_send_instead(producer, add, canvas_of):
+    with pytest.raises(InvalidArguments, match=r"no worker serves map, starmap and chunks; send a group"):
+        canvas_of(add).apply_async()
+
+    assert producer.app.store.jobs() == []
+
+
 @pytest.mark.parametrize("args", ["ab", b"ab", {"x": 1, "y": 2}], ids=str)
 def test_arguments_that_are_no_list_are_refused(producer, args):
     with pytest.raises(InvalidArguments, match=r"^add: args=.* must be a list or a tuple of arguments$"):
