@@ -60,7 +60,7 @@ def _unexplained(
 def _gone(worker: Known | None) -> str:
     if worker is None:
         return "the job table knows no such worker"
-    status = worker.status if worker.status in ("stopped", "lost") else "silent"
+    status = worker.status if worker.status in ("stopped", "lost", "dead") else "silent"
     return f"worker {worker.worker_id} is {status}, last heard of at {worker.heard_at:%Y-%m-%d %H:%M:%S} UTC"
 
 
@@ -80,18 +80,19 @@ def _retained(app: Any) -> list[str] | None:
 
 def _known(app: Any) -> dict[str, Known]:
     """{topic: its worker}. Two names may share a topic, since it can't hold all characters: the living goes first."""
-    from db.records import now
+    from db.records import Liveness, now
     from tasks.reconciler import SETTLED_AFTER_S
     from tasks.sinks.topics import capability_topic
 
-    alive = {worker["worker_id"] for worker in app.live_workers()}
+    dead = {holder.lease for holder in app.store.holders() if app.leases.judge(holder) is Liveness.DEAD}
+    alive = {worker["worker_id"] for worker in app.live_workers() if worker["lease"] not in dead}
     settled_since = now() - timedelta(seconds=SETTLED_AFTER_S)
     known: dict[str, Known] = {}
     for row in sorted(app.store.workers(), key=lambda row: row["worker_id"] in alive):
         is_alive = row["worker_id"] in alive
         known[capability_topic(app.settings.capability_topic_prefix, row["worker_id"])] = Known(
             worker_id=row["worker_id"],
-            status=row["status"],
+            status="dead" if row["lease"] in dead else row["status"],
             heard_at=row["last_heartbeat"],
             is_alive=is_alive,
             is_settled=is_alive and row["started_at"] < settled_since,

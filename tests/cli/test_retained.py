@@ -110,6 +110,21 @@ def test_a_live_worker_that_is_not_shown_is_said_once_it_has_had_the_time(tools)
     }
 
 
+def test_a_worker_whose_lock_is_let_go_is_not_alive_however_late_it_was_heard_of(tools):
+    leases = tools.app.leases
+    tools.app.worker_id = "edge-1"
+    leases.take()
+    lease, tools.app.lease = tools.app.lease, None
+    tools.worker("edge-1", "image_resize", started_at=now() - LONG_AGO, lease=lease)
+    assert "alive and not shown" in doubts(tools, "--dry-run")["edge-1"]
+
+    leases._mine.release()
+    (leases._directory / lease).touch()  # as a killed worker leaves it
+
+    said = tools.run(reconcile, "--dry-run").stdout.splitlines()
+    assert said == ["dead holders: edge-1: the worker is dead", "1 to mend; nothing was changed"]
+
+
 def test_a_real_worker_and_its_topic_agree_and_its_death_leaves_none(celery, run_worker, mosquitto):
     env = mqtt_env(mosquitto, WORKER_ID=f"{mosquitto.topic_prefix}-w")
     worker = run_worker("-Q", "image_resize", "--concurrency=1", env=env)
