@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_type_hints
 
@@ -177,14 +179,37 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     The times are left to `due` and `expiry`.
 
     Raises:
-        InvalidArguments: An option is of the wrong kind or out of its range; or the task or what follows is in `MAPS`.
+        InvalidArguments: An option is misspelt, of the wrong kind or out of its range; or the task, or what follows it,
+            is one of `MAPS`.
     """
     if name in MAPS or any(_has_map(options.get(option)) for option in _CANVAS):
         raise InvalidArguments(f"{name}: no worker serves map, starmap and chunks; send a group of the calls instead")
+    known = _known_options()
+    for option in options.keys() - known - set(options.get("stamped_headers") or ()):
+        if near := get_close_matches(option, known, n=1, cutoff=0.8):
+            raise InvalidArguments(f"{name}: no option is called {option}; did you mean {near[0]}?")
     for option, (is_usable, takes) in _USABLE.items():
         value = options.get(option)
         if value is not None and not is_usable(value):
             raise refused(name, option, value, takes)
+    soft_s, hard_s = options.get("soft_time_limit"), options.get("time_limit")
+    if soft_s and hard_s and soft_s >= hard_s:
+        raise refused(name, "soft_time_limit", soft_s, f"below time_limit={hard_s!r}")
+
+
+@cache
+def _known_options() -> frozenset[str]:
+    """What Celery and kombu take by name. Anything else is a property of the message, which may mean something to its
+    reader; so only what is nearly one of these is refused.
+    """
+    from celery import Celery
+    from celery.app.amqp import AMQP
+    from celery.app.task import Task
+    from kombu import Producer
+
+    takers: list[Any] = [Celery.send_task, Task.apply_async, AMQP.as_task_v2, Producer.publish]
+    taken = {name for taker in takers for name in inspect.signature(taker).parameters}
+    return frozenset(taken | {"queue", "unique_key", "unique_for"})
 
 
 def _has_map(step: Any) -> bool:
@@ -263,6 +288,7 @@ _USABLE: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "task_id": (is_name, f"a printable text of 1 to {LONGEST_NAME} characters"),
     "time_limit": (_is_limit, _SECONDS),
     "soft_time_limit": (_is_limit, _SECONDS),
+    "unique_for": (_is_number, _SECONDS),
     "retries": (_is_count, "a whole number from 0"),
     "serializer": (lambda value: value == "json", "'json', which is all that workers accept"),
     "headers": (lambda value: isinstance(value, Mapping), "a dict"),

@@ -48,6 +48,7 @@ def test_what_is_due_already_is_sent_at_once(producer, add, options):
         ("time_limit", "x", "a number of seconds"),
         ("time_limit", -1, "a number of seconds"),
         ("soft_time_limit", float("nan"), "a number of seconds"),
+        ("unique_for", True, "a number of seconds"),
         ("task_id", 5, "a printable text of 1 to 255 characters"),
         ("task_id", "a\nb", "a printable text"),
         ("task_id", "i" * 256, "a printable text"),
@@ -86,6 +87,49 @@ def test_a_map_that_no_worker_serves_is_refused_with_what_to_send_instead(produc
         canvas_of(add).apply_async()
 
     assert producer.app.store.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("unique_keys", "unique_key"),
+        ("count_down", "countdown"),
+        ("expire", "expires"),
+        ("timelimit", "time_limit"),
+        ("qeue", "queue"),
+        ("serialiser", "serializer"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(producer, add, option, meant):
+    with pytest.raises(InvalidArguments, match=f"^add: no option is called {option}; did you mean {meant}\\?$"):
+        add.apply_async((1, 1), **{option: "x"})
+
+    assert producer.app.store.jobs() == []
+
+
+def test_what_celery_and_a_message_take_is_no_misspelling(producer, add):
+    stamped = add.s(1, 1)
+    stamped.stamp(linked="a stamp", tasks_id=["another"])
+    options = {
+        "shadow": "sum",
+        "argsrepr": "(…)",
+        "ignore_result": True,
+        "reply_to": "me",
+        "message_id": "5",
+        "nope": 1,
+    }
+
+    jobs = [add.apply_async((1, 1), **options), stamped.apply_async()]
+
+    assert publications(producer, "add") == [(job.id, 1) for job in jobs]
+
+
+@pytest.mark.parametrize("soft_s", [60, 61])
+def test_a_soft_time_limit_that_is_not_below_the_hard_one_is_refused(producer, add, soft_s):
+    with pytest.raises(InvalidArguments, match=rf"^add: soft_time_limit={soft_s} must be below time_limit=60$"):
+        add.apply_async((1, 1), soft_time_limit=soft_s, time_limit=60)
+
+    assert add.apply_async((1, 1), soft_time_limit=59, time_limit=60)
 
 
 @pytest.mark.parametrize("args", ["ab", b"ab", {"x": 1, "y": 2}], ids=str)
