@@ -230,7 +230,8 @@ def _wait(task: "Job", result: "AsyncResult", timeout_s: float | None) -> None:
     from db.records import Status
 
     if not task.app.is_recorded(task.name):
-        raise click.ClickException(f"{result.id} is submitted; with MIRROR=off nobody can wait for it")
+        setting = "ENQUEUE=broker" if task.app.settings.mirror else "MIRROR=off"
+        raise click.ClickException(f"{result.id} is submitted; with {setting} nobody here can wait for it")
     look = f"celery -A tasks jobs show {result.id}"
     try:
         value = _followed(task, result, timeout_s)

@@ -269,6 +269,16 @@ def test_who_waits_in_a_terminal_is_told_beside_the_bar(celery, photo):
     assert f"\nqueued; {NO_WORKER}" not in done.stderr
 
 
+@pytest.mark.parametrize("setting", ["ENQUEUE=broker", "MIRROR=off"])
+def test_a_wait_that_has_no_row_to_look_at_names_the_setting(celery, photo, setting):
+    env = dict([setting.split("=")])
+
+    done = celery("submit", "image_resize", photo, "out.webp", "--width", 80, "--wait", env=env)
+
+    assert done.returncode == 1
+    assert done.error.endswith(f" is submitted; with {setting} nobody here can wait for it")
+
+
 @pytest.mark.parametrize("waits", [(), ("--wait", "--timeout", "0.2")])
 def test_a_paused_queue_is_said_at_once(celery, photo, waits):
     celery("queues", "pause", "image_resize", "--reason", "new disk")
