@@ -4,6 +4,7 @@ Waiting helps against `DatabaseUnavailable`, and only against that. Both classes
 whoever guards against SQLAlchemy's errors is guarded against these.
 """
 
+import re
 import sqlite3
 from typing import Any, Final
 
@@ -42,6 +43,7 @@ _SQLITE_FINAL: Final = {
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _POSTGRES_TRANSIENT: Final = ("08", "25006", "40", "53", "55P03", "57", "58")
 _POSTGRES_REFUSED: Final = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist")
+_POSTGRES_MISSING: Final = re.compile('database ".*" does not exist')
 
 
 def explained(exc: Exception, database: str) -> Exception:
@@ -77,6 +79,11 @@ def _verdict(exc: BaseException) -> tuple[type[Exception], str] | None:
         return DatabaseUnavailable, f"can't answer now: {text}"
     is_dropped = isinstance(exc, InterfaceError) or (isinstance(exc, DBAPIError) and exc.connection_invalidated)
     if state is None and (is_dropped or type(cause).__name__ == "OperationalError"):
+        if _POSTGRES_MISSING.search(text):
+            return (
+                DatabaseUnusable,
+                f"is not there ({text}); create it (createdb), then run: celery -A tasks db upgrade",
+            )
         if any(said in text for said in _POSTGRES_REFUSED):
             return DatabaseUnusable, f"refuses this user ({text}); look at DATABASE_URL"
         return DatabaseUnavailable, f"does not answer: {text}"

@@ -228,6 +228,8 @@ class _Reader:
         if scheme.split("+", 1)[0] not in schemes:
             known = ", ".join(f"{known}://" for known in schemes)
             raise SettingsError(f"{name} starts with {scheme or 'no scheme'!r}; it can be one of {known}")
+        if scheme.startswith("postgresql") and value.partition("?")[0].count("@") > 1:
+            raise SettingsError(f"{name} holds more than one @; write the one in its password as %40")
         for part in value.split(";"):
             if (port := _port(part)) is not None and not 1 <= port <= LAST_PORT:
                 raise SettingsError(f"{name} has the port {port}; give one from 1 to {LAST_PORT}")

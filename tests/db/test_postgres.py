@@ -99,11 +99,11 @@ class TestErrors:
 
         assert "secret" not in str(error.value)
 
-    def test_an_unknown_database_is_final(self, upgraded_postgres_url):
+    def test_an_unknown_database_is_final_and_can_be_created(self, upgraded_postgres_url):
         unknown = make_url(upgraded_postgres_url).set(database="unknown")
         store = Store(open_database(unknown.render_as_string(hide_password=False)))
 
-        with pytest.raises(DatabaseUnusable, match=r"refuses this user .*does not exist.*; look at DATABASE_URL"):
+        with pytest.raises(DatabaseUnusable, match=r"/unknown is not there .*; create it \(createdb\), then run"):
             patiently(store.jobs, on_wait=lambda *_: pytest.fail("it waited"))
 
     def test_a_lost_table_is_final(self, fresh_postgres_url):
