@@ -20,17 +20,20 @@ TEMP_PREFIX = ".media-tasks-"
 TEMP_SUFFIX = ".part"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_IN_THE_WAY = ("a file stands where its directory should be", "move that away")
+_WRITABLE = "make its directory writable for the worker"
+# {errno: (what is said, where the system's words don't fit; what helps)}
 _NOT_WRITABLE = {
-    errno.EACCES,
-    errno.ENOENT,  # its directory was made before; in /proc, say, that has no effect
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EFBIG,
+    errno.EACCES: ("", _WRITABLE),
+    errno.ENOENT: ("its directory is not there", "keep it while the job runs"),  # it was made before; not so in /proc
+    errno.EPERM: ("", _WRITABLE),
+    errno.EROFS: ("", _WRITABLE),
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: ("", "name a file in it"),
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENAMETOOLONG: ("", "give it a shorter name"),
+    errno.ELOOP: ("", "mend the links on its way"),
+    errno.EFBIG: ("", "raise the limit on the size of files"),
 }
 
 
@@ -91,11 +94,9 @@ def raise_for_write_error(exc: OSError, path: str | Path) -> None:
     if exc.errno in _FULL:
         raise DiskFull(f"{path}: {exc.strerror} while writing; free space there, or write elsewhere") from exc
     if exc.errno in _NOT_WRITABLE:
-        in_the_way = exc.errno == errno.EEXIST  # mkdir's words for it are "File exists"
-        cause = "a file stands where its directory should be" if in_the_way else exc.strerror
-        is_long = exc.errno == errno.ENAMETOOLONG
-        remedy = "give it a shorter name" if is_long else "make its directory writable for the worker"
-        raise OutputNotWritable(f"{path} can't be written: {cause}; {remedy}, or write elsewhere") from exc
+        cause, remedy = _NOT_WRITABLE[exc.errno]
+        said = f"{path} can't be written: {cause or exc.strerror}"
+        raise OutputNotWritable(f"{said}; {remedy}, or write elsewhere") from exc
 
 
 @contextmanager
