@@ -199,7 +199,7 @@ def make_photos(directory: Path) -> list[Path]:
     try:
         return samples.make_photos(directory)
     except ImportError as exc:
-        raise DemoFailed(f"{exc}; pip install 'media-tasks[image]'") from exc
+        raise DemoFailed(f"{exc}; pip install '.[image]'") from exc
 
 
 def make_place(folder: Path | None) -> tuple[Path, Path]:

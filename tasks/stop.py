@@ -64,11 +64,8 @@ class GracefulStop:
         """Wait for the first signal, drain, wait for the end, leave."""
         signum = self._signal_within(math.inf)
         grace_s = 0.0 if signum == signal.SIGQUIT else self._worker.app.settings.shutdown_grace_s
-        logger.warning(
-            "%s: running jobs have %g s to finish; a second signal gives them back",
-            signal.Signals(signum or signal.SIGTERM).name,
-            grace_s,
-        )
+        told = f"have {grace_s:g} s to finish; a second signal gives them back" if grace_s else "are given back at once"
+        logger.warning("%s: running jobs %s", signal.Signals(signum or signal.SIGTERM).name, told)
         if not self._has_begun:
             state.should_stop = EX_OK
             time.sleep(LEAVE_WITHIN_S)

@@ -81,7 +81,7 @@ class MediaWorker(Worker):
                 logger.warning("-Q %s is no capability's queue; only jobs sent to it by name arrive there", name)
             elif missing := capabilities.missing_engines(self.app.tasks[name]):
                 extra = self.app.tasks[name].extra or "all"
-                raise SettingsError(f"{source}: {name} needs {', '.join(missing)}; pip install 'media-tasks[{extra}]'")
+                raise SettingsError(f"{source}: {name} needs {', '.join(missing)}; pip install '.[{extra}]'")
         return asked
 
     def _available(self) -> list[str]:
@@ -92,7 +92,7 @@ class MediaWorker(Worker):
             else:
                 served.append(name)
         if not served:
-            raise SettingsError("this installation can serve no capability; pip install 'media-tasks[all]'")
+            raise SettingsError("this installation can serve no capability; pip install '.[all]'")
         return served
 
 

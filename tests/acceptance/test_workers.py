@@ -76,7 +76,16 @@ def test_a_capability_without_its_engine_is_refused_with_the_remedy(deployment, 
 
     said = refused(deployment, "-Q", "image_resize", PYTHONPATH=path)
 
-    assert said == "Error: -Q: image_resize needs pyvips; pip install 'media-tasks[image]'"
+    assert said == "Error: -Q: image_resize needs pyvips; pip install '.[image]'"
+
+
+def test_a_worker_that_is_told_to_quit_promises_no_time(deployment):
+    worker = deployment.start_worker("-Q", "add", "-c1")
+
+    worker.signal(signal.SIGQUIT)
+
+    assert worker.wait(20) == 0
+    assert "SIGQUIT: running jobs are given back at once" in worker.log()
 
 
 def test_supported_tasks_are_served_and_no_others(deployment):
