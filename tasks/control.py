@@ -154,7 +154,8 @@ def queue_named(name: str, *, app: Any = None) -> Queue:
     """
     known = {queue.name: queue for queue in queues(app=app)}
     if name not in known:
-        raise UnknownQueue(f"no queue is called {name}{capabilities.nearest(name, known)}")
+        hint = capabilities.nearest(str(name), known) or f"; known: {', '.join(sorted(known))}"
+        raise UnknownQueue(f"no queue is called {name}{hint}")
     return known[name]
 
 

@@ -1,6 +1,7 @@
 """`celery -A tasks queues list | pause | resume | purge`: what waits in a queue, who serves it, and whether it may."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,12 @@ def purge_queue(app: Any, queue: str, is_sure: bool) -> None:
     """Cancel all jobs that wait in QUEUE, whatever they wait for; running jobs go on."""
     from tasks import control
 
-    waiting = counted(control.queue_named(queue, app=app).queued, "queued job")
-    if not is_sure:
-        click.confirm(line(f"Cancel {waiting} of {queue}?"), abort=True, err=True)
+    queued = control.queue_named(queue, app=app).queued
+    if queued and not is_sure:
+        waiting = f"{counted(queued, 'queued job')} of {queue}"
+        if not sys.stdin.isatty():
+            raise click.ClickException(f"this cancels {waiting}; where nobody can be asked, add --yes")
+        click.confirm(line(f"Cancel {waiting}?"), abort=True, err=True)
     cancelled = control.purge(queue, app=app)
     click.echo(line(f"{queue}: {counted(cancelled, 'job')} cancelled"))
 

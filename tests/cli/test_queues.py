@@ -1,10 +1,15 @@
 """`queues list | pause | resume | purge`."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from tasks.cli.queues import queues
+from tests.cli.conftest import REPOSITORY
+from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
 
 
@@ -68,6 +73,13 @@ def test_a_queue_that_nothing_has_the_name_of_is_refused_with_the_nearest(comman
     assert result.stderr == "Error: no queue is called image_reszie; did you mean image_resize?\n"
 
 
+def test_a_queue_that_is_like_no_other_is_refused_with_all_there_are(commands):
+    result = commands.run(queues, "pause", "xyzzy")
+
+    assert result.stderr.startswith("Error: no queue is called xyzzy; known: ")
+    assert "image_conversion, image_renditions, image_resize" in result.stderr
+
+
 def test_resume_says_what_goes_on_and_may_be_repeated(commands):
     commands.worker("edge-1", "image_resize")
     commands.job("aaaa")
@@ -79,18 +91,39 @@ def test_resume_says_what_goes_on_and_may_be_repeated(commands):
     assert (second.exit_code, second.stdout) == (0, "image_resize: was not paused; 1 job queued\n")
 
 
-def test_purge_asks_first_and_cancels_nothing_without_an_answer(celery, photo):
+def test_purge_cancels_nothing_unasked_where_nobody_can_answer(celery, photo):
     job_id = celery("submit", "image_resize", photo, "out.webp", "--width", 80).stdout.strip()
 
-    asked = celery("queues", "purge", "image_resize")
-    assert (asked.returncode, asked.stdout) == (1, "")
-    assert "Cancel 1 queued job of image_resize? [y/N]" in asked.stderr
+    refused = celery("queues", "purge", "image_resize")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.error == "Error: this cancels 1 queued job of image_resize; where nobody can be asked, add --yes"
     assert json.loads(celery("jobs", "show", job_id, "--json").stdout)["status"] == "queued"
 
     done = celery("queues", "purge", "image_resize", "--yes")
     assert (done.returncode, done.stdout) == (0, "image_resize: 1 job cancelled\n")
     shown = json.loads(celery("jobs", "show", job_id, "--json").stdout)
     assert (shown["status"], shown["error_message"]) == ("cancelled", "the queue image_resize was purged")
+
+
+def test_purge_asks_nothing_where_nothing_waits(celery):
+    done = celery("queues", "purge", "image_resize")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "image_resize: 0 jobs cancelled\n", "")
+
+
+def test_purge_asks_first_at_a_terminal(celery, photo, server_dir):
+    celery("submit", "image_resize", photo, "out.webp", "--width", 80)
+    ours, theirs = os.openpty()
+    env = without_settings(os.environ) | {"CL_SERVER_DIR": str(server_dir), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "queues", "purge", "image_resize"]
+
+    for answer, said in (b"n\n", ""), (b"y\n", "image_resize: 1 job cancelled\n"):
+        os.write(ours, answer)
+        done = subprocess.run(command, env=env, stdin=theirs, capture_output=True, text=True, check=False)
+        assert "Cancel 1 queued job of image_resize? [y/N]" in done.stderr
+        assert done.stdout == said
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_purge_spares_other_queues_and_running_jobs(commands):

@@ -392,6 +392,11 @@ def test_a_pause_of_no_time_is_refused(producer, for_s):
         control.pause("add", for_s=for_s)
 
 
+def test_no_queue_at_all_is_refused_with_all_that_are_known(producer):
+    with pytest.raises(UnknownQueue, match=r"no queue is called None; known: .*add, .*image_conversion"):
+        control.pause(None)
+
+
 @pytest.mark.parametrize("do", [control.pause, control.purge])
 def test_an_unknown_queue_is_refused_with_the_nearest_known(producer, do):
     with pytest.raises(UnknownQueue, match=r"no queue is called aad; did you mean add\?"):
