@@ -4,6 +4,7 @@ Celery loads the entry points of all commands whenever anybody runs `celery`, fo
 package import nothing but Click at the top; the rest is imported by the command that runs.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ def _message(exc: Exception) -> str | None:
         return f"the job database does not answer: {_first_line(exc.orig)}"
     if isinstance(exc, sqlite3.Error):
         return f"the job database does not answer: {_first_line(exc)}"
+    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return f"the output can't be written: {exc.strerror}"
     if isinstance(exc, BrokerError):
         return _first_line(explained(exc, settings().broker_url))
     return None

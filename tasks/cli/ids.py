@@ -10,7 +10,7 @@ SHOWN_IDS = 5
 
 
 def job_row(store: Any, job_id: str) -> Any:
-    """The row of the one job whose id this is, or begins so.
+    """The row of the one job whose id this is, or begins so; ids that we make are written in small letters.
 
     Raises:
         click.ClickException: There is none, or more than one.
@@ -19,7 +19,9 @@ def job_row(store: Any, job_id: str) -> Any:
 
 
 def _by_prefix(store: Any, prefix: str) -> Any:
-    found = store.jobs(id_prefix=prefix, limit=SHOWN_IDS + 1) if prefix else []
+    found: list[Any] = []
+    for typed in (prefix, prefix.lower()) if prefix else ():
+        found = found or store.jobs(id_prefix=typed, limit=SHOWN_IDS + 1)
     if len(found) == 1:
         return found[0]
     if not found:

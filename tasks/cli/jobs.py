@@ -60,7 +60,9 @@ def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, 
     """The newest jobs first. `jobs show` takes the ids as they stand here."""
     rows = app.store.jobs(status=status, task_type=task_type, limit=limit)
     if not rows:
-        remark(_nothing_found(app, status, task_type))
+        if task_type is not None and (unknown := unknown_task(app, task_type)):
+            raise click.ClickException(printable(unknown))
+        remark(_nothing_found(status, task_type))
     elif is_json:
         echo_json(rows)
     else:
@@ -136,9 +138,7 @@ def _print_changes(console: Any, logs: Sequence[Any]) -> None:
             console.print(f"        {printable(line)}", markup=False, soft_wrap=True)
 
 
-def _nothing_found(app: Any, status: Any, task_type: str | None) -> str:
-    if task_type is not None and (unknown := unknown_task(app, task_type)):
-        return unknown
+def _nothing_found(status: Any, task_type: str | None) -> str:
     if status is not None or task_type is not None:
         return f"no {' '.join(filter(None, [status, task_type]))} jobs"
     return "no jobs yet; submit one: celery -A tasks submit image_resize in.jpg out.webp --width 800 --wait"

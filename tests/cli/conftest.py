@@ -47,13 +47,27 @@ class Ran:
 def celery(server_dir: Path, tmp_path: Path) -> Callable[..., Ran]:
     """`celery("jobs", "list", app="tasks", env={...}, cwd=...)` runs `celery -A tasks ...` on this test's files."""
 
-    def run(*args: object, app: str | None = "tasks", env: dict[str, Any] | None = None, cwd: Path = tmp_path) -> Ran:
+    def run(
+        *args: object,
+        app: str | None = "tasks",
+        env: dict[str, Any] | None = None,
+        cwd: Path = tmp_path,
+        stdout: Any = subprocess.PIPE,
+    ) -> Ran:
         environment = {name: value for name, value in without_settings(os.environ).items() if name not in TERMINAL}
         environment |= {"PYTHONPATH": str(REPOSITORY), "CL_SERVER_DIR": str(server_dir), "BROADCAST_TYPE": "noop"}
         environment |= {name: str(value) for name, value in (env or {}).items()}
         command = [sys.executable, "-m", "celery", *(["-A", app] if app else []), *map(str, args)]
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
         )
         return Ran(done.returncode, done.stdout, done.stderr)
 

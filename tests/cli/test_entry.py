@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +145,16 @@ def test_a_broken_plug_in_is_named_in_one_line(celery, tmp_path, level, has_trac
     assert "a_module_that_is_not_there" in first
     assert ("Traceback" in done.stderr) is has_traceback
     assert (done.stderr.count("\n") > 1) is has_traceback
+
+
+@pytest.mark.parametrize("command", ["jobs list", "jobs list --json", "queues list"])
+def test_an_output_that_takes_nothing_is_said_in_one_line(celery, photo, command):
+    celery("submit", "image_resize", photo, "out.webp", "--width", 80)
+
+    with Path("/dev/full").open("w") as full:
+        done = celery(*command.split(), stdout=full)
+
+    assert (done.returncode, done.error) == (1, "Error: the output can't be written: No space left on device")
 
 
 def test_no_command_of_another_app_pays_for_ours():

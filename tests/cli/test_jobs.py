@@ -168,9 +168,6 @@ def test_an_unknown_status_is_answered_with_those_that_exist(commands):
     [
         ((), "no jobs yet; submit one: celery -A tasks submit image_resize"),
         (("--status", "failed"), "no failed jobs"),
-        (("--task", "image_reszie"), "no capability has that name; did you mean image_resize?"),
-        (("--task", "image_reszie", "--json"), "no capability has that name; did you mean image_resize?"),
-        (("--task", "xyzzy"), "no capability has that name; known: "),
         (("--task", "image_resize"), "no image_resize jobs"),
     ],
 )
@@ -179,6 +176,21 @@ def test_where_there_is_no_job_to_list_it_says_so_apart_from_the_output(commands
 
     assert (result.exit_code, result.stdout) == (0, "")
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (("--task", "image_reszie"), "; did you mean image_resize?"),
+        (("--task", "image_reszie", "--json"), "; did you mean image_resize?"),
+        (("--task", "xyzzy"), "; known: "),
+    ],
+)
+def test_a_capability_that_nothing_has_the_name_of_is_an_error(commands, options, hint):
+    result = commands.run(jobs, "list", *options)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: no job of {options[1]}, and no capability has that name{hint}")
 
 
 def test_a_capability_of_another_installation_is_known_by_its_jobs_and_its_workers(commands):
@@ -221,6 +233,13 @@ def test_the_traceback_of_a_bug_stands_under_its_change(commands):
         '          File "x.py", line 1',
         "        KeyError: 5",
     ]
+
+
+@pytest.mark.parametrize("typed", ["ABCD1234", "Abcd"])
+def test_an_id_may_be_typed_in_capitals(commands, typed):
+    commands.job("abcd1234")
+
+    assert "abcd1234" in commands.run(jobs, "show", typed).stdout
 
 
 @pytest.mark.parametrize(
