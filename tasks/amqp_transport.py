@@ -1,28 +1,34 @@
-"""kombu's RabbitMQ transport, which says what a server refuses, and what helps. A worker does not wait for that."""
+"""kombu's RabbitMQ transport, which says what a server refuses, and what helps. A worker that starts does not wait for
+that; one that was accepted before does.
+"""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from amqp.exceptions import AccessRefused, NotAllowed
 from kombu.transport import pyamqp
 
-from tasks.broker.errors import BrokerUnusable
+from tasks.broker.errors import BrokerRefuses, BrokerUnusable
 
 
 class _Explained:
     """Connections whose refusal names the setting."""
 
     client: Any
+    was_accepted: ClassVar[bool] = False
 
     def establish_connection(self) -> Any:
         try:
-            return super().establish_connection()  # type: ignore[misc]
+            connection = super().establish_connection()  # type: ignore[misc]
         except (AccessRefused, NotAllowed) as exc:
             if "is down" in exc.reply_text:  # a vhost that is about to come back
                 raise
-            raise BrokerUnusable(
+            kind = BrokerRefuses if _Explained.was_accepted else BrokerUnusable
+            raise kind(
                 f"CELERY_BROKER_URL: the broker at {self.client.as_uri()} refuses ({exc.reply_text}); look at "
                 "user, password and vhost (rabbitmqctl change_password, add_vhost and set_permissions help)"
             ) from exc
+        _Explained.was_accepted = True
+        return connection
 
 
 class Transport(_Explained, pyamqp.Transport):  # type: ignore[misc, unused-ignore]

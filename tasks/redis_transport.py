@@ -3,16 +3,16 @@
 When Redis restarts, Celery 5.7 closes the channel of a worker again after its connection is gone, and the second time
 puts back what was not acknowledged: that fails with an AttributeError, which ends the worker with all of its jobs.
 Here it fails as a lost connection does, which Celery gets over. A password or a database number that the server refuses
-is no reason to wait.
+is no reason to wait, unless this process was accepted before.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from kombu.transport import redis
 from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as ConnectionLost
 
-from tasks.broker.errors import BrokerUnusable
+from tasks.broker.errors import BrokerRefuses, BrokerUnusable
 
 _NO_SUCH_DATABASE = "DB index"
 
@@ -30,14 +30,18 @@ class Transport(redis.Transport):  # type: ignore[misc, unused-ignore]
     """Redis, as kombu has it but for its channel."""
 
     Channel = Channel
+    was_accepted: ClassVar[bool] = False
 
     def establish_connection(self) -> Any:
         try:
-            return super().establish_connection()
+            connection = super().establish_connection()
         except (AuthenticationError, ResponseError) as exc:
             if isinstance(exc, ResponseError) and _NO_SUCH_DATABASE not in str(exc):
                 raise
-            raise BrokerUnusable(
+            kind = BrokerRefuses if Transport.was_accepted else BrokerUnusable
+            raise kind(
                 f"CELERY_BROKER_URL: the broker at {self.client.as_uri()} refuses ({exc}); look at "
                 "user, password and database number (a Redis has 16, from 0, unless its `databases` says otherwise)"
             ) from exc
+        Transport.was_accepted = True
+        return connection

@@ -28,6 +28,10 @@ class BrokerUnusable(BrokerError):
     """Waiting can't help: somebody has to change the file, its directory or its permissions."""
 
 
+class BrokerRefuses(BrokerUnavailable, ConnectionError):
+    """A server that has accepted this process before: it may again, when it is up or mended, and jobs are running."""
+
+
 _WAIT = {
     sqlite3.SQLITE_BUSY: "another process kept it locked beyond the busy timeout; look for a long write to this file",
     sqlite3.SQLITE_FULL: "the disk is full; free some space and the work goes on",

@@ -62,6 +62,27 @@ def test_a_frozen_broker_keeps_no_lease_from_being_renewed(redis, on_redis, tmp_
     assert worker.is_alive()
 
 
+def test_a_worker_outlives_a_broker_that_refuses_it_for_a_while(
+    rabbitmq_server, fresh_rabbitmq_url, server_dir, tmp_path
+):
+    """As a vhost that is moved: at its start a worker would end at that."""
+    vhost = fresh_rabbitmq_url.rsplit("/", 1)[1]
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": fresh_rabbitmq_url}) as own:
+        worker = own.start_worker("--concurrency=1")
+        job = own.task.note.delay(str(tmp_path / "runs"), "job", 6.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+
+        rabbitmq_server.rabbitmqctl("delete_vhost", vhost)
+        worker.wait_for_log("CELERY_BROKER_URL: the broker at ", 30)
+        rabbitmq_server.rabbitmqctl("add_vhost", vhost)
+        rabbitmq_server.rabbitmqctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+
+        assert job.get(**GET) == "job"
+        assert own.task.add.delay(1, 1).get(**GET) == 2
+        assert worker.is_alive()
+        assert worker.log().count("Traceback") <= 1  # of the connection that was closed
+
+
 def test_a_worker_that_is_started_while_the_database_is_locked_waits_for_it(server_dir, tmp_path):
     with deployed(server_dir, tmp_path) as own:
         own.app.store.counts()  # makes the tables
