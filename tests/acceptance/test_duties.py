@@ -3,7 +3,9 @@
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import select
 
+from db.models import duties
 from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -14,6 +16,11 @@ def holder_of(own):
     """The worker that has the reconciler's duty, if it is one that holds a lease."""
     holders = {holder.lease: holder.worker_id for holder in own.app.store.holders()}
     return holders.get(own.app.store.duty_holder("reconciler"))
+
+
+def taken_at_of(own):
+    with own.app.store.database.reading() as connection:
+        return connection.execute(select(duties.c.since).where(duties.c.name == "reconciler")).scalar_one()
 
 
 def beat_of(own, worker_id):
@@ -29,10 +36,10 @@ def test_of_two_workers_one_reconciles_and_the_other_takes_over_when_it_is_kille
     first = own.start_worker("--concurrency=1")
     assert eventually(lambda: holder_of(own), 5) == "w1"
     own.start_worker("--concurrency=1")
-    since = beat_of(own, "w2")
+    begin, taken_at = beat_of(own, "w2"), taken_at_of(own)
     # It has gone round a few times meanwhile, and so has seen that the duty is taken.
-    eventually(lambda: beat_of(own, "w2") - since > timedelta(seconds=3), 15)
-    assert holder_of(own) == "w1"
+    eventually(lambda: beat_of(own, "w2") - begin > timedelta(seconds=3), 15)
+    assert (holder_of(own), taken_at_of(own)) == ("w1", taken_at)
 
     first.kill9_everything()
 

@@ -270,8 +270,8 @@ class TestDatabaseAway:
                 server.start()
 
                 assert [job.get(**GET) for job in jobs] == ["0", "1", "2", "3"]
-                assert {own.events(job).count("completed") for job in jobs} == {1}
-                assert all(lines(tmp_path / str(n))[-1] == f"end {n}" for n in range(4))
+                assert events_of_all(own, jobs) == {tuple(COMPLETED)}
+                assert all(lines(tmp_path / str(n)) == [f"begin {n}", f"end {n}"] for n in range(4))
                 assert worker.is_alive()
 
 
@@ -328,7 +328,7 @@ class TestMqttBrokerDownSlowOrWrongPassword:
 
     def test_slow_jobs_do_not_notice(self, own, start, listen, private_mosquitto):
         broker = private_mosquitto()
-        with Road(broker.port, bytes_per_s=10_000) as road:
+        with Road(broker.port, bytes_per_s=4_000) as road:
             worker = start(road.port)
             listener = listen(broker.port)
 
@@ -382,8 +382,8 @@ class TestDiskFull:
 class TestSigtermSigint:
     @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
     def test_running_jobs_finish_and_the_rest_is_given_back(self, own, task, tmp_path, signum):
-        worker = own.start_worker("--concurrency=1")
-        running = task.note.delay(str(tmp_path / "runs"), "job", 5.0)
+        worker = own.start_worker("--concurrency=1", "--prefetch-multiplier=4")
+        running = task.note.delay(str(tmp_path / "runs"), "job", 15.0)
         eventually(lambda: lines(tmp_path / "runs"), 20)
         waiting = [task.note.delay(str(tmp_path / f"{n}"), str(n)) for n in range(4)]
 
@@ -392,6 +392,7 @@ class TestSigtermSigint:
 
         assert [job.get(**GET) for job in waiting] == ["0", "1", "2", "3"]
         assert {own.row(job)["claimed_by"] for job in waiting} == {"w2"}
+        assert own.row(running)["status"] == "running"  # it is at once that the rest is given back
         assert worker.wait() == 0
         assert events_of_all(own, [running, *waiting]) == {tuple(COMPLETED)}
         assert lines(tmp_path / "runs") == ["begin job", "end job"]
