@@ -95,7 +95,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         SettingsError: A variable holds a value that can't be used.
     """
     read = _Reader(environment)
-    server_dir = Path(environment.get("CL_SERVER_DIR") or _user_data_dir(environment)).expanduser().absolute()
+    server_dir = read.directory("CL_SERVER_DIR", _user_data_dir(environment))
     lease_renew_s = read.number("LEASE_RENEW_S", 5.0, above=0, most=HOUR_S)
     lease_timeout_s = read.number("LEASE_TIMEOUT_S", 15.0, above=0, most=DAY_S)
     if lease_timeout_s < 2 * lease_renew_s:
@@ -120,7 +120,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         database_url=read.url("DATABASE_URL", f"sqlite:///{server_dir / 'media_store.db'}", ("sqlite", "postgresql")),
         broker_url=broker_url,
         enqueue=read.choice("ENQUEUE", "strict", ENQUEUE_WAYS),
-        worker_id=read.name("WORKER_ID") or f"{socket.gethostname()}-{os.getpid()}",
+        worker_id=worker_name("WORKER_ID", environment.get("WORKER_ID") or "")
+        or f"{socket.gethostname()}-{os.getpid()}",
         worker_supported_tasks=read.names("WORKER_SUPPORTED_TASKS"),
         worker_poll_interval_s=read.number("WORKER_POLL_INTERVAL", 1.0, above=0, most=HOUR_S),
         lease_renew_s=lease_renew_s,
@@ -142,7 +143,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         media_roots=read.roots("MEDIA_ROOTS"),
         broadcast_type=read.choice("BROADCAST_TYPE", "mqtt", BROADCAST_TYPES),
         mqtt_broker=environment.get("MQTT_BROKER") or "localhost",
-        mqtt_port=read.mqtt_port("MQTT_PORT", 8883 if mqtt_use_tls else 1883),
+        mqtt_port=read.whole("MQTT_PORT", 8883 if mqtt_use_tls else 1883, least=1, most=LAST_PORT),
         mqtt_topic=read.topic("MQTT_TOPIC", "inference/events"),
         capability_topic_prefix=read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers"),
         mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0, most=DAY_S),
@@ -180,15 +181,6 @@ class _Reader:
             )
         return value
 
-    def mqtt_port(self, name: str, default: int) -> int:
-        """A port; one that is too high is said where MQTT is used, since it must stop nothing else."""
-        value = self._parse(name, default, _whole, "a whole number")
-        if value < 1:
-            raise SettingsError(
-                f"{name}={self._environment[name]!r} must be from 1 to {LAST_PORT}; unset it for {default}"
-            )
-        return value
-
     def choice(self, name: str, default: str, allowed: tuple[str, ...], fold: Callable[[str], str] = str.lower) -> str:
         value = fold(self._environment.get(name) or default)
         if value not in allowed:
@@ -203,15 +195,20 @@ class _Reader:
             return False
         raise SettingsError(f"{name}={value!r} is neither on nor off")
 
-    def name(self, name: str) -> str:
-        value = self._environment.get(name) or ""
-        if not value.isprintable() or len(value) > LONGEST_NAME:
-            raise SettingsError(f"{name}={value!r:.60} must be printable, and {LONGEST_NAME} characters long at most")
-        return value
-
     def names(self, name: str) -> tuple[str, ...]:
-        parts = (part.strip() for part in self._environment.get(name, "").split(","))
-        return tuple(part for part in parts if part)
+        text = self._environment.get(name, "")
+        names = tuple(part.strip() for part in text.split(",") if part.strip())
+        if text and not names:
+            raise SettingsError(f"{name}={text!r} names nothing; unset it, or give names with commas between")
+        return names
+
+    def directory(self, name: str, default: str) -> Path:
+        """A directory that all processes find, wherever they stand."""
+        value = self._environment.get(name)
+        path = Path(value or default).expanduser()
+        if value and not path.is_absolute():
+            raise SettingsError(f"{name}={value!r} is relative, and every process may stand elsewhere; give it in full")
+        return path.absolute()
 
     def roots(self, name: str) -> tuple[str, ...]:
         roots = tuple(part for part in self._environment.get(name, "").split(os.pathsep) if part)
@@ -279,6 +276,21 @@ class _Reader:
             return convert(text)
         except (ValueError, OverflowError) as exc:
             raise SettingsError(f"{name}={text!r} is not {what}; unset it for {default}") from exc
+
+
+def worker_name(source: str, value: str) -> str:
+    """A worker's name, which is a level of its MQTT topic too.
+
+    Raises:
+        SettingsError: It can't be shown, is too long, or holds what MQTT keeps for itself.
+    """
+    if not value.isprintable() or len(value) > LONGEST_NAME:
+        raise SettingsError(f"{source}={value!r:.60} must be printable, and {LONGEST_NAME} characters long at most")
+    if any(c in value for c in "#+/"):
+        raise SettingsError(
+            f"{source}={value!r} holds #, + or /, which topics of MQTT keep for themselves; leave them out"
+        )
+    return value
 
 
 def _whole(text: str) -> int:

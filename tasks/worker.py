@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tasks import capabilities
 from tasks.errors import MediaTasksError, SettingsError
+from tasks.settings import worker_name
 from tasks.stop import GracefulStop
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,10 @@ class MediaWorker(Worker):
             app.worker_id = app.settings.worker_id
             hostname = app.worker_id if "@" in app.worker_id else nodename(app.worker_id, gethostname())
         else:
-            app.worker_id = hostname
+            try:
+                app.worker_id = worker_name("-n", hostname)
+            except SettingsError as exc:
+                raise click.UsageError(str(exc)) from exc
         super().__init__(app=app, hostname=hostname, **options)
 
     def on_start(self) -> None:
