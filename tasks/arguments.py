@@ -165,7 +165,9 @@ def _path(name: str, value: Any) -> str:
     if isinstance(value, Mapping) and isinstance(value.get("output"), str):
         value = value["output"]
     if not isinstance(value, str) or not value or "\0" in value:
-        raise InvalidArguments(f"{name} is {value!r:.80}; give a path, or a job's result that names its output")
+        has_many = isinstance(value, Mapping) and "outputs" in value
+        takes = "the path of one of its `outputs`" if has_many else "a path, or a job's result that names its output"
+        raise InvalidArguments(f"{name} is {value!r:.80}; give {takes}")
     if "://" in value:
         raise InvalidArguments(f"{name}={value!r}: this release reads and writes local paths only")
     return value

@@ -87,6 +87,11 @@ def test_what_is_no_path_is_refused_by_its_name(taken, value):
         taken.bind([value, "/out.jpg"], {})
 
 
+def test_a_result_with_many_outputs_says_to_name_one_of_them(taken):
+    with pytest.raises(InvalidArguments, match=r"input is .*; give the path of one of its `outputs`$"):
+        taken.bind([{"outputs": [{"output": "/a.jpg"}]}, "/out.jpg"], {})
+
+
 def test_an_url_is_refused_since_only_local_paths_are_read(taken):
     with pytest.raises(InvalidArguments, match="local paths only"):
         taken.bind(["s3://bucket/in.jpg", "/out.jpg"], {})
