@@ -11,6 +11,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_RESULT_BYTES: Final = 64 * 1024
 LONGEST_MESSAGE: Final = 16 * 1024
+TRUNCATED: Final[Mapping[str, Any]] = {"result": None, "is_truncated": True}
 ENDS: Final = ("completed", "failed", "cancelled")
 
 
@@ -42,7 +43,7 @@ def _data(row: Mapping[str, Any]) -> Mapping[str, Any]:
     match topics.EVENT_TYPES[row["event_type"]]:
         case "completed":
             if row["is_truncated"]:
-                return {"result": None, "is_truncated": True}
+                return TRUNCATED
             return {"result": row["result"] and json.loads(row["result"], parse_constant=lambda _: None)}
         case "error":
             return _failure(row)
@@ -58,6 +59,19 @@ def _failure(row: Mapping[str, Any]) -> dict[str, Any]:
     """Why, as the log has it: the job's row may have moved on."""
     error_type, _, message = (row["message"] or "").partition(": ")
     return {"error_type": error_type or None, "error_message": message[:LONGEST_MESSAGE]}
+
+
+def shortened(event: str, longest_bytes: int) -> str | None:
+    """An event without its result, or without the end of its error message; None if it is too long all the same."""
+    payload = json.loads(event)
+    data = payload["data"]
+    if "result" in data:
+        payload["data"] = TRUNCATED
+    elif "error_message" in data:
+        kept = max(len(data["error_message"]) - (len(event) - longest_bytes), 0)  # a character is a byte or more
+        payload["data"] = data | {"error_message": data["error_message"][:kept]}
+    text = json.dumps(payload)
+    return text if len(text) <= longest_bytes else None
 
 
 def progress_of(row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from threading import Event
 from typing import Any, Final
 
-from paho.mqtt.client import Client, MQTTMessageInfo
+from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -22,6 +22,7 @@ from tasks.errors import SettingsError
 from tasks.settings import Settings
 from tasks.sinks import topics, trouble
 from tasks.sinks.client import KEEPALIVE_S, new_client
+from tasks.sinks.limit import Limit
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,13 @@ WAIT_FOR_RECONNECT_S: Final = (1, 5)
 CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
 KEEP_ALIVE_TIMEOUT: Final = 0x8D
 SESSION_TAKEN_OVER: Final = 0x8E
+# The broker says the first. Mosquitto answers a publication with it as well, which paho does not understand: it closes.
+TOO_LARGE: Final = (0x95, 0x82)
 # Some brokers (Mosquitto 2.0.11) don't say that they gave a client's name to another one: they close its connection,
-# and take the next one at once. So many times in a row are no accident.
+# and take the next one at once. So many times in a row, each within so short a time, are no restarts.
 THROWN_OFF_AFTER: Final = 3
-SHORT_S: Final = 60.0
+SHORT_S: Final = 3.0
+AT_ONCE_S: Final = 0.5
 # Two clients of one name would throw each other off once a second: who was thrown off waits, the second time longer.
 WAIT_WHEN_THROWN_OFF_S: Final = (5, 60)
 THROWN_OFF_FORGOTTEN_AFTER_S: Final = 600.0
@@ -59,6 +63,8 @@ class MqttSink:
         self._opened_at = self._thrown_off_at = -math.inf
         self._closed_in_a_row = 0
         self._window = WINDOW
+        self._limit: Final = Limit(settings)
+        self._has_confirmed = self._is_over_limit = False
         self._told: Final = Awaited()
         self._showing: Final = Awaited()
         self._last_told = 0
@@ -108,21 +114,24 @@ class MqttSink:
         if self._client is None:
             return
         for event in events:
-            self._last_told = self._told.add(self._client.publish(self._settings.mqtt_topic, event, qos=1))
+            self._publish(self._client, event)
         if not self._told.count():
             self._wake()  # the last one was confirmed before its number was known here
 
     def mention(self, event: str) -> None:
-        if self._client is not None and self._is_open:
+        if self._client is not None and self._is_open and self._limit.fitting(event) == event:
             self._client.publish(self._settings.mqtt_topic, event, qos=0)
+
+    def _publish(self, client: Client, event: str) -> None:
+        if (fitting := self._limit.fitting(event)) is not None:
+            self._last_told = self._told.add(client.publish(self._settings.mqtt_topic, fitting, qos=1))
 
     # The worker's capability
 
     def show(self, capabilities: Sequence[str], idle_count: int, *, is_draining: bool) -> None:
         """Publish what the worker can do, if that is news, a heartbeat is due, or the connection is a new one.
 
-        One such message at a time is under way: paho repeats unconfirmed ones on a new connection, after the first
-        that is published there, and the last one to arrive is the one that stays.
+        One such message at a time is under way: the last one to arrive is the one that stays.
         """
         if self._client is None or not self._is_open or self._showing.count():
             return
@@ -162,8 +171,23 @@ class MqttSink:
         self._opened_at = time.monotonic()
         self._window = max(min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW) - 1), 1)
         self._connections += 1
+        self._limit.announce(getattr(properties, "MaximumPacketSize", None))
+        self._tell_again(client, client.drop_out_messages())
         self._is_open = True
         self._wake()
+
+    def _tell_again(self, client: Client, unconfirmed: Sequence[MQTTMessage]) -> None:
+        """What the last connection left unconfirmed. paho would repeat it as it is, and lose this one over it, too."""
+        self._has_confirmed = False
+        events = [message.payload.decode() for message in unconfirmed if message.topic == self._settings.mqtt_topic]
+        if self._is_over_limit:
+            events = self._limit.guess(events)
+        self._is_over_limit = False
+        for event in events:
+            self._publish(client, event)
+        for message in unconfirmed:
+            self._told.confirm(message.mid)
+            self._showing.confirm(message.mid)  # the present one follows
 
     def _on_connect_fail(self, _client: Client, _data: Any) -> None:
         self._closed_in_a_row = 0
@@ -179,6 +203,8 @@ class MqttSink:
             self._warn(trouble.no_answer(self._settings))
         elif code.value == KEEP_ALIVE_TIMEOUT:
             self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
+        elif self._is_over_an_event(code.value):
+            self._is_over_limit, self._closed_in_a_row = True, 0
         elif code.value == SESSION_TAKEN_OVER or self._is_thrown_off():
             self._yield_to_namesake(client)
         else:
@@ -193,6 +219,7 @@ class MqttSink:
                 code,
                 self._settings.mqtt_username or "anyone",
             )
+        self._has_confirmed = True
         self._told.confirm(mid)
         self._showing.confirm(mid)
         if mid == self._last_told:
@@ -208,11 +235,26 @@ class MqttSink:
             self._is_away = True
             logger.warning("%s; jobs run on, their events are told later", what)
 
+    def _is_over_an_event(self, code: int) -> bool:
+        """Whether the connection was closed because of a message that is too long, with a word or without.
+
+        Such a one is told again as soon as the connection is open; a namesake takes a while to come back.
+        """
+        if code in TOO_LARGE:
+            return True
+        is_at_once = self._lived_s() < (AT_ONCE_S if self._has_confirmed else SHORT_S)
+        return code != SESSION_TAKEN_OVER and is_at_once and self._told.has_any()
+
     def _is_thrown_off(self) -> bool:
         """Whether a connection that the broker has closed tells of another client of this name."""
-        lived_s = time.monotonic() - self._opened_at
-        self._closed_in_a_row = 1 + (self._closed_in_a_row if lived_s < SHORT_S else 0)
+        if self._lived_s() >= SHORT_S:
+            self._closed_in_a_row = 1
+            return False
+        self._closed_in_a_row += 1
         return self._closed_in_a_row >= THROWN_OFF_AFTER or self._was_thrown_off_lately()
+
+    def _lived_s(self) -> float:
+        return time.monotonic() - self._opened_at
 
     def _was_thrown_off_lately(self) -> bool:
         return time.monotonic() - self._thrown_off_at < THROWN_OFF_FORGOTTEN_AFTER_S
@@ -250,3 +292,7 @@ class Awaited:
         while self._confirmed:
             self._numbers.discard(self._confirmed.popleft())
         return len(self._numbers)
+
+    def has_any(self) -> bool:
+        """From any thread."""
+        return bool(self._numbers.difference(self._confirmed))

@@ -15,10 +15,11 @@ class Road:
     Args:
         port: Where it leads to, on this host.
         bytes_per_s: In each direction; None: as fast as it goes.
+        refuses: A connection on which this is sent is closed.
     """
 
-    def __init__(self, port: int, bytes_per_s: int | None = None) -> None:
-        self._far_port, self._bytes_per_s = port, bytes_per_s
+    def __init__(self, port: int, bytes_per_s: int | None = None, refuses: bytes | None = None) -> None:
+        self._far_port, self._bytes_per_s, self._refuses = port, bytes_per_s, refuses
         self._is_lost = self._is_closed = False
         self._sockets: list[socket.socket] = []
 
@@ -59,7 +60,9 @@ class Road:
 
     def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
         try:
-            while data := one.recv(2000):
+            while data := one.recv(20_000 if self._refuses else 2000):
+                if self._refuses and self._refuses in data:
+                    break
                 if not self._is_lost:
                     other.sendall(data)
                 if self._bytes_per_s is not None:

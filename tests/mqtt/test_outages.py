@@ -199,6 +199,24 @@ def test_a_client_that_takes_the_name_of_a_worker_starts_no_war(deploy, listen, 
     run_jobs(deployment)
 
 
+def test_quick_restarts_of_the_broker_are_no_namesake(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+
+    for _ in range(4):
+        said = len(listener.of_worker(worker_id))
+        broker.kill9()
+        broker.start()
+        eventually(lambda said=said: len(listener.of_worker(worker_id)) > said, 10)
+        listener.wait_for_change(deployment.task.add.delay(1, 2), "completed")
+        time.sleep(4)
+
+    assert not [warning for warning in warnings(worker) if "another MQTT client" in warning]
+
+
 @contextlib.contextmanager
 def namesake(port, client_id):
     """Another client with this id, which comes back at once; the list has an item for each time it is thrown off."""

@@ -1,0 +1,75 @@
+"""How long a message may be, as the broker says or shows. In: events. Out: what of them it takes.
+
+A broker may announce its limit when it takes a connection. Others only close the connection over a message that is too
+long, with or without a word: which one that was, and how long it may be, has to be guessed.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from tasks.settings import Settings
+from tasks.sinks import trouble
+from tasks.sinks.events import shortened
+
+logger = logging.getLogger(__name__)
+
+# Of a PUBLISH, without topic and properties: type, length (up to 4), length of the topic, number, length of properties.
+PACKET_BYTES: Final = 1 + 4 + 2 + 2 + 1
+# An event without result or error message is shorter; no broker that takes capabilities has a lower limit.
+LEAST_BYTES: Final = 1024
+
+
+class Limit:
+    """Of one client's events. It says once what happens to those that are too long."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings: Final = settings
+        self._announced_bytes = self._guessed_bytes = math.inf
+        self._is_said = False
+
+    def announce(self, packet_bytes: int | None) -> None:
+        """What the broker says of whole packets when it takes a connection; None: nothing."""
+        around = PACKET_BYTES + len(self._settings.mqtt_topic.encode())
+        self._announced_bytes = math.inf if packet_bytes is None else packet_bytes - around
+
+    def guess(self, events: Sequence[str]) -> list[str]:
+        """One of these was too long, though nothing was announced: which of them to tell again.
+
+        The longest is the likeliest. Half of it is taken for the limit, so that few connections are lost until it is
+        found; an event that is short already is passed over by itself.
+        """
+        longest = max(events, key=len, default="")
+        self._say(
+            "closes the connection over a message that is too long; raise its limit (Mosquitto: message_size_limit, "
+            "max_packet_size) and restart this worker"
+        )
+        if len(longest) <= LEAST_BYTES:
+            return [event for event in events if event is not longest]
+        self._guessed_bytes = max(len(longest) // 2, LEAST_BYTES)
+        return list(events)
+
+    def fitting(self, event: str) -> str | None:
+        """The event, without its result or the end of its error message if it is too long; None if it is all the same.
+
+        It is ASCII: as many bytes as characters.
+        """
+        longest_bytes = min(self._announced_bytes, self._guessed_bytes)
+        if len(event) <= longest_bytes:
+            return event
+        self._say(
+            f"takes events of at most {longest_bytes:,.0f} bytes, and one has {len(event):,}; raise its limit "
+            "(Mosquitto: max_packet_size)"
+        )
+        return shortened(event, int(longest_bytes))
+
+    def _say(self, what: str) -> None:
+        if not self._is_said:
+            self._is_said = True
+            logger.warning(
+                "the MQTT broker %s %s. What is too long is told without its result, or not at all; "
+                "celery -A tasks mqtt replay has it",
+                trouble.address(self._settings),
+                what,
+            )

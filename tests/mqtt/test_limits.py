@@ -1,0 +1,131 @@
+"""A broker takes messages up to a limit: an event above it is told without what makes it long, and stops no other."""
+
+import json
+
+import pytest
+
+from tasks.sinks.events import shortened
+from tasks.sinks.limit import LEAST_BYTES, Limit
+from tests.mqtt.road import Road
+from tests.mqtt.said import one_warning
+from tests.mqtt.tools import event
+
+LONG = "x" * 20_000
+
+
+def text(*args, **changed):
+    return json.dumps(event(*args, **changed))
+
+
+# How an event is made shorter
+
+
+def test_a_result_is_left_out():
+    whole = text("a", 4, "completed", {"result": LONG})
+
+    short = shortened(whole, 1000)
+
+    assert '"data": {"result": null, "is_truncated": true}' in short
+    assert len(short) < 1000
+
+
+def test_of_an_error_message_so_much_is_kept_as_there_is_room_for():
+    failure = {"error_type": "ValueError", "error_message": "y" * 5000 + "é" * 20}
+
+    short = shortened(text("a", 4, "failed", failure), 1000)
+
+    assert 800 < len(short) <= 1000
+
+
+def test_what_is_long_by_itself_is_not_told():
+    assert shortened(text("a" * 2000, 1), 1000) is None
+    assert shortened(text("a" * 2000, 4, "completed", {"result": LONG}), 1000) is None
+
+
+# What is learned of a broker
+
+
+@pytest.fixture
+def limit(tools):
+    return Limit(tools.settings)
+
+
+def test_a_limit_that_is_announced_is_kept_and_forgotten_with_its_connection(limit, caplog):
+    whole = text("a", 4, "completed", {"result": LONG})
+
+    limit.announce(3000)
+    assert len(limit.fitting(whole)) < 3000
+    limit.announce(None)
+    assert limit.fitting(whole) == whole
+
+    (record,) = caplog.records
+    assert "takes events of at most" in record.getMessage()
+
+
+def test_a_guess_halves_the_longest_event_and_is_said_once(limit, caplog):
+    long, short = text("a", 4, "completed", {"result": LONG}), text("b", 1)
+
+    assert limit.guess([short, long]) == [short, long]
+    assert limit.fitting(short) == short
+    assert limit.fitting(text("c", 4, "completed", {"result": LONG[:9000]})).count("x") == 9000
+    assert "x" not in limit.fitting(text("c", 4, "completed", {"result": LONG[:11_000]}))
+    assert len(caplog.records) == 1
+
+
+def test_an_event_that_is_short_is_passed_over_by_itself(limit):
+    one, longer = text("a", 1), text("a" * 20, 1)
+
+    assert limit.guess([one, longer]) == [one]
+    assert len(longer) < LEAST_BYTES
+    assert limit.fitting(longer) == longer
+
+
+# With brokers
+
+
+def check_stream(deployment, listener, worker, tmp_path):
+    """Jobs with long results and long errors among others: all are told, the long ones without what makes them long."""
+    first = deployment.task.add.delay(1, 2)
+    long = [deployment.task.note.delay(str(tmp_path / "file"), LONG[:size]) for size in (20_000, 9_000, 5_000)]
+    failed = deployment.task.fail.delay(message=LONG[:9_000])
+    last = deployment.task.add.delay(3, 4)
+
+    listener.wait_for_change(last, "completed", 40)
+    assert listener.wait_for_change(first, "completed")["data"] == {"result": 3}
+    for job in long:
+        completed = listener.wait_for_change(job, "completed", 40)
+        assert completed["data"] == {"result": None, "is_truncated": True}
+    error = listener.wait_for_change(failed, "error", 40)
+    assert error["data"]["error_type"] == "ValueError"
+    assert error["data"]["error_message"].startswith("xx")
+    for job in (first, *long, failed, last):
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+    return one_warning(worker, quiet_s=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["max_packet_size 3000", "message_size_limit 3000"])
+def test_a_long_event_stops_no_other(deploy, listen, private_mosquitto, tmp_path, worker_id, line):
+    broker = private_mosquitto(line)
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("--concurrency=1", "-Q", "add,note,fail")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+
+    warning = check_stream(deployment, listener, worker, tmp_path)
+
+    assert "max_packet_size" in warning
+    assert f"127.0.0.1:{broker.port}" in warning
+    listener.wait_for_capability(worker_id, idle_count=1)
+
+
+@pytest.mark.slow
+def test_a_broker_that_closes_without_a_word_over_a_long_event(deploy, listen, private_mosquitto, tmp_path, worker_id):
+    broker = private_mosquitto()
+    with Road(broker.port, refuses=b"x" * 2000) as road:
+        deployment = deploy(road.port)
+        worker = deployment.start_worker("--concurrency=1", "-Q", "add,note,fail")
+        listener = listen(broker.port)
+        listener.wait_for_capability(worker_id)
+
+        assert "too long" in check_stream(deployment, listener, worker, tmp_path)
