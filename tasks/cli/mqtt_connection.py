@@ -56,6 +56,7 @@ class Connection:
         from tasks.sinks.client import new_client
 
         self.address: Final = trouble.address(settings)
+        self.answer_within_s = ANSWER_WITHIN_S
         self._settings = settings
         self._client = new_client(settings, client_id)
         self._client.connect_timeout = ANSWER_WITHIN_S
@@ -144,8 +145,8 @@ class Connection:
             )
 
     def _wait(self, is_done: Callable[[], bool]) -> None:
-        if not self._drive(is_done, ANSWER_WITHIN_S):
-            raise Unreachable(f"the MQTT broker {self.address} has not answered for {ANSWER_WITHIN_S:g} s")
+        if not self._drive(is_done, self.answer_within_s):
+            raise Unreachable(f"the MQTT broker {self.address} has not answered for {self.answer_within_s:.3g} s")
 
     def _drive(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         """Send and receive until it is done; False if the time is up before."""

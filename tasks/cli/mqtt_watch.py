@@ -1,15 +1,16 @@
 """`celery -A tasks mqtt watch`: the events of jobs as they come, and a word where some are missing."""
 
 import json
+import shlex
 import time
 from collections import OrderedDict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from tasks.cli.app import with_app
-from tasks.cli.mqtt_connection import Connection, Unreachable
+from tasks.cli.mqtt_connection import ANSWER_WITHIN_S, Connection, Unreachable
 from tasks.cli.mqtt_events import SHORT_ID, Event, event_line, parsed
 from tasks.cli.text import remark
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 KEPT_JOBS: Final = 10_000
 RECONNECT_S: Final = (1.0, 2.0, 5.0, 10.0)
+SHORTEST_WAIT_S: Final = 0.1
+# A broker that falls silent is noticed after two or three keepalives; an event is told soon after its time.
+UNNOTICED_KEEPALIVES: Final = 4
 
 
 @click.command("watch")
@@ -100,16 +104,23 @@ class _Watch:
         if missing := self._sequences.missing(event):
             which = f"change {missing[0]}" if len(missing) == 1 else f"changes {missing[0]} to {missing[-1]}"
             job_id = event["job_id"]
-            remark(f"{job_id[:SHORT_ID]}: {which} did not arrive; celery -A tasks mqtt replay --job {job_id}")
+            remark(
+                f"{job_id[:SHORT_ID]}: {which} did not arrive; celery -A tasks mqtt replay --job {shlex.quote(job_id)}"
+            )
 
     def _come_back(self, connection: Connection, exc: Unreachable) -> None:
         """Connect again, however long it takes; what happened meanwhile is in the table."""
-        since = datetime.now(UTC).isoformat(timespec="seconds")
+        from tasks.sinks.client import KEEPALIVE_S
+
+        since = (datetime.now(UTC) - timedelta(seconds=UNNOTICED_KEEPALIVES * KEEPALIVE_S)).isoformat(
+            timespec="seconds"
+        )
         remark(f"{exc.message}; trying again")
         for wait_s in _waits():
-            time.sleep(min(wait_s, self._left_s() or wait_s))
+            time.sleep(self._at_most(wait_s))
             if self._is_over():
                 return
+            connection.answer_within_s = max(self._at_most(ANSWER_WITHIN_S), SHORTEST_WAIT_S)
             try:
                 connection.open()
                 connection.subscribe(self._settings.mqtt_topic)
@@ -120,6 +131,11 @@ class _Watch:
 
     def _left_s(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _at_most(self, seconds: float) -> float:
+        """So long, or until the time is up."""
+        left_s = self._left_s()
+        return seconds if left_s is None else min(seconds, left_s)
 
     def _is_over(self) -> bool:
         return self.shown == self._count or self._left_s() == 0.0

@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
+import time
 
 import pytest
 
 from tasks.cli.mqtt_events import event_line, parsed
 from tasks.cli.mqtt_watch import Sequences
 from tests.mqtt.messages import validate
+from tests.mqtt.road import Road
 from tests.mqtt.tools import event
 
 ID = "8af269fb-e3fe-466a-b147-05f91584394b"
@@ -111,6 +114,42 @@ def test_it_comes_back_with_the_broker_and_says_how_to_fetch_what_was_missed(too
     )
     tools.tell(event(ID, 4))
     assert "processing" in watching.line()
+
+
+def test_the_command_that_it_prints_finds_what_happened_before_it_noticed_the_loss(tools_for, mosquitto, tools):
+    with Road(mosquitto.port) as road:
+        watching = tools_for(road.port, mosquitto.topic_prefix).start("watch")
+        watching.line("err")
+
+        road.lose()
+        tools.claim(tools.job(ID))
+        assert "MQTT_BROKER" in watching.line("err", 25)
+        road.mend()
+
+        command = shlex.split(watching.line("err", 25).partition(": ")[2])
+        assert command[:5] == ["celery", "-A", "tasks", "mqtt", "replay"]
+        replayed = tools.mqtt("replay", *command[5:], "--json").stdout.splitlines()
+        assert [json.loads(line)["job_id"] for line in replayed] == [ID] * 3
+
+
+def test_it_ends_in_time_while_the_broker_is_frozen(tools_for, private_mosquitto):
+    broker = private_mosquitto()
+    watching = tools_for(broker.port).start("watch", "--timeout", "12")
+    watching.line("err")
+    started = time.monotonic()
+
+    broker.pause()
+    watching.wait(30)
+
+    assert time.monotonic() - started < 13.5
+
+
+def test_an_id_that_a_shell_would_read_otherwise_is_quoted(tools, watch):
+    watching = watch("--count", "2", "--timeout", "20")
+    tools.tell(event("a b;c", 1), event("a b;c", 3))
+
+    assert watching.wait() == 0
+    assert watching.rest("err") == ["a b;c: change 2 did not arrive; celery -A tasks mqtt replay --job 'a b;c'"]
 
 
 # Lines
