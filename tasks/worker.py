@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class MediaWorker(Worker):
-    """Serves `-Q`, else WORKER_SUPPORTED_TASKS, else every capability whose engines are installed."""
+    """Serves `-Q`, else WORKER_SUPPORTED_TASKS, else every capability whose engines can be used here."""
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
         app = app or self.app
@@ -43,6 +43,8 @@ class MediaWorker(Worker):
         Raises:
             SystemExit: The database can't be used, or another worker of this name is alive; said in one line.
         """
+        for name, reason in self._engines.formats.items():
+            logger.info("images in %s can't be read and written here: %s", name, reason)
         self._stop = GracefulStop(self)
         self._stop.start()
         if self.app.settings.mirror:
@@ -61,7 +63,7 @@ class MediaWorker(Worker):
         """Choose the queues to serve.
 
         Raises:
-            click.UsageError: A name is unknown, or this installation lacks the engine for it.
+            click.UsageError: A name is unknown, or its engine can't be used here.
         """
         self.app.load_capabilities()
         asked = [str(name) for name in include or self.app.settings.worker_supported_tasks]
@@ -83,16 +85,25 @@ class MediaWorker(Worker):
                         f"{source}: no capability is called {name}{hint or '; known: ' + ', '.join(known)}"
                     )
                 logger.warning("-Q %s is no capability's queue; only jobs sent to it by name arrive there", name)
-            elif missing := capabilities.missing_engines(self.app.tasks[name]):
+        self._engines = capabilities.try_engines(self.app.tasks[name] for name in asked if name in known)
+        for name in asked:
+            if name in known and (lacked := self._engines.lacked_by(self.app.tasks[name])):
+                needs = (
+                    one if what == capabilities.NOT_INSTALLED else f"{one}, which {what}"
+                    for one, what in lacked.items()
+                )
                 extra = self.app.tasks[name].extra or "all"
-                raise SettingsError(f"{source}: {name} needs {', '.join(missing)}; pip install '.[{extra}]'")
+                raise SettingsError(f"{source}: {name} needs {', '.join(needs)}; pip install '.[{extra}]'")
         return asked
 
     def _available(self) -> list[str]:
         served = []
-        for name in capabilities.names(self.app):
-            if missing := capabilities.missing_engines(self.app.tasks[name]):
-                logger.warning("%s is not served: %s is not installed", name, ", ".join(missing))
+        names = capabilities.names(self.app)
+        self._engines = capabilities.try_engines(self.app.tasks[name] for name in names)
+        for name in names:
+            if lacked := self._engines.lacked_by(self.app.tasks[name]):
+                reasons = ", ".join(f"{module} {what}" for module, what in lacked.items())
+                logger.warning("%s is not served: %s", name, reasons)
             else:
                 served.append(name)
         if not served:

@@ -217,3 +217,22 @@ def test_what_a_worker_cannot_do_for_lack_of_an_engine_is_not_shown(deployment, 
     assert "add" in capabilities
     assert "image_resize" not in capabilities
     assert "image_resize is not served: pyvips is not installed" in worker.log()
+
+
+def test_what_a_worker_cannot_do_since_its_engine_is_broken_is_not_shown(deployment, listener, worker_id, tmp_path):
+    (tmp_path / "pyvips.py").write_text("raise OSError('cannot load library libvips.so.42')")
+    plug_ins = install_entry_point(tmp_path / "plug-ins", "tests.acceptance.capabilities")
+    worker = deployment.start_worker(env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}:{plug_ins}"})
+
+    assert "image_resize" not in listener.wait_for_capability(worker_id)["capabilities"]
+    assert "image_resize is not served: pyvips can't be used: OSError: cannot load library" in worker.log()
+
+
+def test_formats_whose_codec_is_missing_are_said_at_the_start(deployment, listener, worker_id, tmp_path):
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError('libheif.so.1')")
+    plug_ins = install_entry_point(tmp_path / "plug-ins", "tests.acceptance.capabilities")
+    worker = deployment.start_worker(env={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}:{plug_ins}"})
+
+    assert "image_resize" in listener.wait_for_capability(worker_id)["capabilities"]
+    (line,) = [line for line in worker.log().splitlines() if "images in heic can't be read and written here" in line]
+    assert "media-tasks[heif]" in line
