@@ -31,6 +31,9 @@ VISIBILITY_TIMEOUT_S = 6 * 3600
 LAST_PORT = 65535
 # With a host behind it, it still fits the columns of 255 characters.
 LONGEST_NAME = 180
+# https://docs.oasis-open.org/mqtt/mqtt/v5.0/os/mqtt-v5.0-os.html, 1.5.4; a worker's name follows its prefix.
+LONGEST_MQTT_BYTES = 65_535
+LONGEST_TOPIC_BYTES = 60_000
 _PORT = re.compile(r"(?:\[[^]]*]|[^@:/?#;[]*):(\d+)(?=[/?#;]|$)")
 
 
@@ -74,8 +77,8 @@ class Settings:
     mqtt_heartbeat_interval_s: float = 30.0
     mqtt_username: str | None = None
     mqtt_password: str | None = field(default=None, repr=False)
-    mqtt_unreadable: str | None = None
-    """A secret's file that can't be read: said where MQTT is used, since it must stop nothing else."""
+    mqtt_unusable: str | None = None
+    """What can't be used of these settings: said where MQTT is used, since it must stop nothing else."""
     mqtt_use_tls: bool = False
     mqtt_ca_cert: str | None = None
     mqtt_client_cert: str | None = None
@@ -142,14 +145,14 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         max_duration_s=read.number("MAX_DURATION_S", 4 * 3600.0, above=0, most=365 * DAY_S),
         media_roots=read.roots("MEDIA_ROOTS"),
         broadcast_type=read.choice("BROADCAST_TYPE", "mqtt", BROADCAST_TYPES),
-        mqtt_broker=environment.get("MQTT_BROKER") or "localhost",
+        mqtt_broker=read.mqtt_host("MQTT_BROKER", "localhost"),
         mqtt_port=read.whole("MQTT_PORT", 8883 if mqtt_use_tls else 1883, least=1, most=LAST_PORT),
         mqtt_topic=read.topic("MQTT_TOPIC", "inference/events"),
         capability_topic_prefix=read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers"),
         mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0, most=DAY_S),
         mqtt_username=read.secret("MQTT_USERNAME"),
         mqtt_password=read.secret("MQTT_PASSWORD"),
-        mqtt_unreadable=read.unreadable,  # after the secrets: keywords are evaluated in order
+        mqtt_unusable=read.mqtt_unusable,  # after host and secrets: keywords are evaluated in order
         mqtt_use_tls=mqtt_use_tls,
         mqtt_ca_cert=environment.get("MQTT_CA_CERT") or None,
         mqtt_client_cert=environment.get("MQTT_CLIENT_CERT") or None,
@@ -162,7 +165,7 @@ class _Reader:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
-        self.unreadable: str | None = None
+        self.mqtt_unusable: str | None = None
 
     def number(self, name: str, default: float, *, above: float, most: float) -> float:
         value = self._parse(name, default, float, "a number")
@@ -180,6 +183,13 @@ class _Reader:
                 f"{name}={self._environment[name]!r} must be from {least} to {most:,}; unset it for {default}"
             )
         return value
+
+    def mqtt_host(self, name: str, default: str) -> str:
+        value = self._environment.get(name) or default
+        if (reason := no_host(value)) is None:
+            return value
+        self.mqtt_unusable = f"{name} {reason}"
+        return ""
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...], fold: Callable[[str], str] = str.lower) -> str:
         value = fold(self._environment.get(name) or default)
@@ -233,23 +243,31 @@ class _Reader:
         return value
 
     def topic(self, name: str, default: str) -> str:
-        """A topic to publish to: no wildcards, and no slash at its ends."""
+        """A topic to publish to: no wildcards, no slash at its ends, none of the broker's own, and room for a name."""
         value = self._environment.get(name) or default
-        if any(c in value for c in "#+\0") or value != value.strip("/"):
-            raise SettingsError(f"{name}={value!r} is no topic to publish to; write it without #, + and outer slashes")
+        if any(c in value for c in "#+\0") or value != value.strip("/") or value.startswith("$"):
+            raise SettingsError(
+                f"{name}={value!r:.60} is no topic to publish to; write it without #, +, outer slashes and a leading $"
+            )
+        if not is_sendable(value, LONGEST_TOPIC_BYTES):
+            raise SettingsError(
+                f"{name}={value!r:.60} can't be a topic; it must be UTF-8, of at most {LONGEST_TOPIC_BYTES:,} bytes"
+            )
         return value
 
     def secret(self, name: str) -> str | None:
         """A variable, or the first line of the file that `{name}_FILE` names."""
         path = self._environment.get(f"{name}_FILE")
-        if not path:
-            return self._environment.get(name) or None
         try:
-            return Path(path).read_text().strip("\r\n") or None
+            value = Path(path).read_text().strip("\r\n") if path else self._environment.get(name)
         except (OSError, UnicodeDecodeError) as exc:
             reason = getattr(exc, "strerror", None) or "it is no text"
-            self.unreadable = f"{name}_FILE={path!r} can't be read: {reason}"
+            self.mqtt_unusable = f"{name}_FILE={path!r} can't be read: {reason}"
             return None
+        if value and not is_sendable(value):
+            self.mqtt_unusable = f"{name} can't be sent; it must be UTF-8, of at most {LONGEST_MQTT_BYTES:,} bytes"
+            return None
+        return value or None
 
     def strategies(self, name: str) -> dict[str, str]:
         """`image_resize=LIFO,*=PRIORITY`, or one word for all queues."""
@@ -302,6 +320,31 @@ def _whole(text: str) -> int:
     if number != int(number):
         raise ValueError(text)
     return int(number)
+
+
+def no_host(value: str) -> str | None:
+    """Why it can't be a host; without the value, since a URL may hold a password."""
+    if value.startswith("["):
+        return "is an address with brackets; write it without"
+    if not value.isprintable() or set(value) & set(" /@?#") or (":" in value and not _is_address(value)):
+        return "is a host name or an address, no URL; write only that, and its port in MQTT_PORT"
+    return None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    except OSError:
+        return False
+    return True
+
+
+def is_sendable(text: str, most_bytes: int = LONGEST_MQTT_BYTES) -> bool:
+    """Whether MQTT can carry it as a name, topic or pattern."""
+    try:
+        return "\0" not in text and len(text.encode()) <= most_bytes
+    except UnicodeEncodeError:
+        return False
 
 
 def _port(url: str) -> int | None:

@@ -27,8 +27,8 @@ def new_client(settings: Settings, client_id: str, **options: Any) -> "Client":
     from paho.mqtt.client import Client, MQTTv5
     from paho.mqtt.enums import CallbackAPIVersion
 
-    if settings.mqtt_unreadable is not None:
-        raise SettingsError(settings.mqtt_unreadable)
+    if settings.mqtt_unusable is not None:
+        raise SettingsError(settings.mqtt_unusable)
     client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv5, **options)
     if settings.mqtt_username is not None:
         client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
@@ -46,12 +46,20 @@ def _tls(settings: Settings) -> ssl.SSLContext:
         raise SettingsError(f"MQTT_CA_CERT={settings.mqtt_ca_cert!r} can't be used: {exc}") from exc
     if settings.mqtt_client_cert is not None:
         try:
-            context.load_cert_chain(settings.mqtt_client_cert, settings.mqtt_client_key)
+            context.load_cert_chain(settings.mqtt_client_cert, settings.mqtt_client_key, _no_passphrase)
         except (OSError, ssl.SSLError) as exc:
             raise SettingsError(
                 f"MQTT_CLIENT_CERT={settings.mqtt_client_cert!r} with MQTT_CLIENT_KEY can't be used: {exc}"
             ) from exc
     return context
+
+
+def _no_passphrase() -> str:
+    """Asked of for an encrypted key; without it OpenSSL would ask at the terminal."""
+    raise SettingsError(
+        "MQTT_CLIENT_KEY has a passphrase, which nobody could enter; give a key without one (openssl pkey -in KEY -out "
+        "KEY-WITHOUT), which only this user may read"
+    )
 
 
 _clients: "weakref.WeakSet[Client]" = weakref.WeakSet()

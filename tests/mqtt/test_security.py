@@ -166,3 +166,23 @@ def test_a_client_certificate_that_cannot_be_read(deploy, certificates):
 
     assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
     assert "MQTT_CLIENT_CERT" in one_warning(worker, quiet_s=1)
+
+
+def test_a_key_with_a_passphrase_asks_nobody(deploy, certificates):
+    openssl("rsa", "-aes256", "-passout", "pass:x", "-in", "client.key", "-out", "locked.key", cwd=certificates)
+    files = {"MQTT_CLIENT_CERT": certificates / "client.pem", "MQTT_CLIENT_KEY": certificates / "locked.key"}
+    deployment = deploy(8883, MQTT_USE_TLS="on", MQTT_CA_CERT=certificates / "ca.pem", **files)
+    worker = deployment.start_worker("-Q", "add")
+
+    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    assert "MQTT_CLIENT_KEY has a passphrase" in one_warning(worker, quiet_s=1)
+
+
+@pytest.mark.parametrize("host", ["mqtt://worker:hunter2@127.0.0.1", "[::1]"])
+def test_a_url_in_the_place_of_the_host_is_not_told(deploy, host):
+    deployment = deploy(1883, MQTT_BROKER=host)
+    worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
+
+    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    assert "MQTT_BROKER is a" in one_warning(worker, quiet_s=1)
+    assert "hunter2" not in worker.log()

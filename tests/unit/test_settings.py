@@ -62,6 +62,11 @@ HOME = {"HOME": "/home/user"}
         ("WORKER_SUPPORTED_TASKS", " , ", ["' , ' names nothing"]),
         ("QUEUE_STRATEGY", ",", ["',' names nothing"]),
         ("MAX_DEATHS", "2.5", ["2.5", "whole"]),
+        ("MQTT_TOPIC", "$SYS/events", ["'$SYS/events'", "leading $"]),
+        ("CAPABILITY_TOPIC_PREFIX", "$share/a/b", ["leading $"]),
+        ("MQTT_TOPIC", "a" * 65_001, ["60,000 bytes"]),
+        ("CAPABILITY_TOPIC_PREFIX", "é" * 30_001, ["60,000 bytes"]),
+        ("MQTT_TOPIC", "caf\udce9", ["UTF-8"]),
     ],
 )
 def test_a_bad_value_is_refused_by_its_variables_name(variable, value, words):
@@ -250,7 +255,7 @@ def documented():
 
 def test_the_source_is_understood():
     assert {"CL_SERVER_DIR", "DATABASE_URL", "WORKER_ID", "MAX_DEATHS", "QUEUE_STRATEGY"} <= variables_read()
-    # Each field of Settings comes from a variable; `mqtt_unreadable` from what is wrong with one.
+    # Each field of Settings comes from a variable; `mqtt_unusable` from what is wrong with one.
     assert len(variables_read()) == len(fields(Settings)) - 1
 
 
@@ -300,3 +305,43 @@ def test_a_secrets_file_that_can_not_be_read_stops_nothing_but_mqtt(tmp_path):
 
     with pytest.raises(SettingsError, match=r"MQTT_PASSWORD_FILE=.*missing.* can.t be read"):
         new_client(settings, "me")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["mqtt://u:hunter2@h", "u:hunter2@h", "hunter2@h", "h:1883", "//h", "h/hunter2", "a b", "h\nunter2", "1::2::3"],
+)
+def test_a_url_in_the_place_of_a_host_is_no_part_of_any_message(host):
+    assert "MQTT_BROKER is a host name or an address, no URL" in unusable(MQTT_BROKER=host)
+
+
+@pytest.mark.parametrize("host", ["localhost", "mqtt.example.org", "127.0.0.1", "::1", "fe80::1%eth0"])
+def test_a_host_is_a_name_or_an_address(host):
+    settings = read_settings(HOME | {"MQTT_BROKER": host})
+
+    assert settings.mqtt_broker == host
+    assert settings.mqtt_unusable is None
+
+
+def test_an_address_has_no_brackets():
+    assert unusable(MQTT_BROKER="[::1]") == "MQTT_BROKER is an address with brackets; write it without"
+
+
+@pytest.mark.parametrize("variable", ["MQTT_USERNAME", "MQTT_PASSWORD"])
+@pytest.mark.parametrize("value", ["hunter2\udce9", "hunter2" * 10_000])
+def test_a_name_or_password_that_mqtt_cannot_carry_is_named_and_not_told(variable, value):
+    said = unusable(**{variable: value})
+
+    assert said == f"{variable} can't be sent; it must be UTF-8, of at most 65,535 bytes"
+
+
+def unusable(**environment):
+    """Why MQTT can't be used with these settings; they stop nothing else, and are nowhere told."""
+    from tasks.sinks.client import new_client
+
+    settings = read_settings(HOME | environment)
+    assert "hunter2" not in repr(settings)
+    with pytest.raises(SettingsError) as caught:
+        new_client(settings, "me")
+    assert "hunter2" not in str(caught.value)
+    return str(caught.value)
