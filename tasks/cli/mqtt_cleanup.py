@@ -24,7 +24,11 @@ def clean_up(app: Any, pattern: str, broker: str | None, port: int | None, is_dr
     """
     from dataclasses import replace
 
-    _check(pattern, is_forced=is_forced)
+    from tasks.settings import no_host
+
+    _check(pattern, is_forced=is_forced or is_dry)
+    if broker and (reason := no_host(broker)):
+        raise click.BadParameter(f"it {reason}".replace("MQTT_PORT", "--port"), param_hint="--broker")
     settings = app.settings
     settings = replace(settings, mqtt_broker=broker or settings.mqtt_broker, mqtt_port=port or settings.mqtt_port)
     with Connection(settings) as connection:
@@ -57,8 +61,12 @@ def _check(pattern: str, *, is_forced: bool) -> None:
     Raises:
         click.ClickException: It is no pattern, or one of anybody's topics.
     """
+    from tasks.settings import is_sendable
+
     levels = pattern.split("/")
     is_pattern = all(level in ("#", "+") or not set(level) & set("#+\0") for level in levels)
+    if not is_sendable(pattern):
+        raise click.BadParameter(f"{pattern[:60]!r} is too long, or no UTF-8 text", param_hint="PATTERN")
     if not pattern or not is_pattern or "#" in levels[:-1] or levels[0] == "$share":
         raise click.BadParameter(
             f"{pattern!r} is no pattern; # may only be its last level, + only a level of its own", param_hint="PATTERN"

@@ -50,6 +50,32 @@ def test_what_is_no_pattern_is_refused(tools, pattern):
     assert "is no pattern" in result.stderr
 
 
+def test_what_cannot_be_sent_is_refused(tools):
+    for pattern in ("caf\udce9/#", "a" * 65_536):
+        result = tools.mqtt("cleanup", pattern)
+
+        assert result.exit_code == 2
+        assert "is too long, or no UTF-8 text" in result.stderr.replace("\n", " ")
+
+
+def test_a_broker_that_is_a_url_is_refused(tools):
+    result = tools.mqtt("cleanup", "a/#", "--broker", "mqtt://u:hunter2@h")
+
+    assert result.exit_code == 2
+    assert "no URL; write only that, and its port in --port" in result.stderr
+    assert "hunter2" not in result.output
+
+
+def test_a_dry_run_of_anybodys_topics_needs_no_force(tools_for, private_mosquitto):
+    other = tools_for(private_mosquitto().port)
+    other.publish("z/z", "x", is_retained=True)
+
+    assert other.mqtt("cleanup", "#", "--dry-run").stdout.splitlines() == [
+        "z/z",
+        "1 retained message; nothing was changed",
+    ]
+
+
 def test_with_force_it_clears_a_whole_broker_which_broker_and_port_name(tools, tools_for, private_mosquitto):
     server = private_mosquitto()
     other = tools_for(server.port)
