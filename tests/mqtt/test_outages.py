@@ -319,7 +319,7 @@ def test_noop_loads_no_mqtt_code(deployment, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, sys\n"
         "atexit.register(lambda: print('LOADED ' + str([m for m in sys.modules if 'paho' in m"
-        " or m in ('tasks.sinks.mqtt', 'tasks.sinks.client', 'tasks.broadcast', 'tasks.relay')]),"
+        " or m.startswith(('tasks.sinks', 'tasks.broadcast', 'tasks.relay', 'tasks.cli.mqtt_'))]),"
         " file=sys.__stderr__, flush=True))\n"
     )
     plug_ins = install_entry_point(tmp_path / "plug-ins", "tests.acceptance.capabilities")

@@ -31,7 +31,24 @@ def test_a_real_command_is_found_and_prints_its_help(tools):
 def test_no_command_of_another_app_pays_for_it():
     done = subprocess.run([sys.executable, "-c", WHAT_IT_IMPORTS], capture_output=True, text=True, check=True)
 
-    heavy = ("paho", "ssl", "sqlalchemy", "rich", "db", "tasks.settings", "tasks.sinks", "tasks.celery", "tasks.relay")
-    imported = json.loads(done.stdout)
+    assert json.loads(done.stdout) == ["tasks", "tasks.cli", "tasks.cli.mqtt"]
+
+
+def test_no_command_costs_more_than_it_needs_to_be_found():
+    code = (
+        "import json, sys; from tasks.cli.mqtt import COMMANDS, mqtt; "
+        "print([mqtt.get_command(None, name) for name in COMMANDS]); print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    heavy = ("paho", "ssl", "sqlalchemy", "rich", "db.", "tasks.settings", "tasks.sinks", "tasks.celery", "tasks.relay")
+    imported = json.loads(done.stdout.splitlines()[-1])
     assert "tasks.cli.mqtt_watch" in imported
-    assert [name for name in imported if name == "db" or name.startswith(heavy)] == []
+    assert [name for name in imported if name.startswith(heavy)] == []
+
+
+def test_a_command_that_is_none_is_said(tools):
+    result = tools.run(mqtt, "wacth")
+
+    assert result.exit_code == 2
+    assert "No such command 'wacth'" in result.stderr
