@@ -48,6 +48,14 @@ class _Check:
             self._tried("publish", lambda: self._publish(connection), self._topic)
             self._tried("receive", lambda: self._receive(connection), "own message")
             self._tried("will", lambda: self._lose_a_client(connection), "of a client that was cut off")
+        click.echo(
+            line(
+                "events  ",
+                "untried",
+                f"whether this user may publish to {self._settings.mqtt_topic} (MQTT_TOPIC), since its subscribers "
+                "would get it; a worker that may not says so in its log",
+            )
+        )
 
     def _client(self, name: str, **options: Any) -> Connection:
         return Connection(self._settings, client_id=f"{self._settings.worker_id}-{name}", **options)

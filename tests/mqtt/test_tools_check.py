@@ -91,9 +91,11 @@ def failure(tools, *, is_real=False):
 def test_every_step_is_told(tools):
     done, code = steps(tools)
 
+    events = done.pop("events")
     assert code == 0
     assert list(done) == ["connect", "publish", "receive", "will"]
     assert all(re.match(r"ok .* \d+ ms$", text) for text in done.values())
+    assert events.startswith(f"untried  whether this user may publish to {tools.settings.mqtt_topic} (MQTT_TOPIC)")
     assert f"127.0.0.1:{tools.settings.mqtt_port}, MQTT 5, without a user name" in done["connect"]
 
 
@@ -254,3 +256,13 @@ def test_an_acl_that_forbids_reading_is_said_at_receive(guarded, monkeypatch):
 
     assert step == "receive"
     assert "ACL" in reason
+
+
+def test_a_will_that_is_not_published_is_said(tools, monkeypatch):
+    monkeypatch.setattr("tasks.cli.mqtt_check.ANSWER_WITHIN_S", 0.5)
+    monkeypatch.setattr("tasks.cli.mqtt_connection.Connection.vanish", lambda _connection: None)  # as behind a proxy
+
+    step, reason = failure(tools)
+
+    assert step == "will"
+    assert "is there a proxy between here and MQTT_BROKER" in reason
