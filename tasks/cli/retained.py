@@ -79,7 +79,7 @@ def _retained(app: Any) -> list[str] | None:
 
 
 def _known(app: Any) -> dict[str, Known]:
-    """{topic: its worker}. Two names may share a topic, since it can't hold all characters: the living goes first."""
+    """{topic: its worker}"""
     from db.records import Liveness, now
     from tasks.reconciler import SETTLED_AFTER_S
     from tasks.sinks.topics import capability_topic
@@ -88,7 +88,7 @@ def _known(app: Any) -> dict[str, Known]:
     alive = {worker["worker_id"] for worker in app.live_workers() if worker["lease"] not in dead}
     settled_since = now() - timedelta(seconds=SETTLED_AFTER_S)
     known: dict[str, Known] = {}
-    for row in sorted(app.store.workers(), key=lambda row: row["worker_id"] in alive):
+    for row in app.store.workers():
         is_alive = row["worker_id"] in alive
         known[capability_topic(app.settings.capability_topic_prefix, row["worker_id"])] = Known(
             worker_id=row["worker_id"],

@@ -43,8 +43,14 @@ STATUS_AFTER: Final[Mapping[str, str]] = {
 
 
 def capability_topic(prefix: str, worker_id: str) -> str:
-    """The topic of one worker; characters that MQTT keeps for itself become `_`."""
-    return f"{prefix}/{''.join('_' if c in '#+/' or not c.isprintable() else c for c in worker_id)}"
+    """The topic of one worker, and of no other one: characters that MQTT keeps for itself are escaped as in a URL."""
+    return f"{prefix}/{''.join(map(_escaped, worker_id))}"
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() and character not in "%#+/":
+        return character
+    return "".join(f"%{byte:02X}" for byte in character.encode(errors="surrogatepass"))
 
 
 def capability(worker_id: str, capabilities: Sequence[str], idle_count: int, *, is_draining: bool) -> str:

@@ -124,8 +124,18 @@ def test_what_may_be_missing_may_be_null():
 def test_every_capability_fits():
     for is_draining in (False, True):
         assert validate(WORKER, topics.capability("worker-1", ["image_resize"], 0, is_draining=is_draining))
-    assert validate("any/workers/a_b", topics.capability("a/b", [], 0, is_draining=False))
+    assert validate("any/workers/a%2Fb", topics.capability("a/b", [], 0, is_draining=False))
     assert validate(WORKER, b"") is None
+
+
+def test_no_two_workers_share_a_topic():
+    names = ["a/b", "a_b", "a%2Fb", "a+b", "a#b", "a%b", "a b", "é", "a\x00b", "a\udce9b", "worker-1@host.example"]
+
+    found = [topics.capability_topic("any/workers", name).removeprefix("any/workers/") for name in names]
+
+    assert len(set(found)) == len(names)
+    assert not [topic for topic in found if set(topic) & set("#+/") or not topic.isprintable()]
+    assert {"a_b", "a b", "é", "worker-1@host.example"} <= set(found)
 
 
 # What is wrong
