@@ -297,17 +297,13 @@ class _Reader:
 
 
 def worker_name(source: str, value: str) -> str:
-    """A worker's name, which is a level of its MQTT topic too.
+    """A worker's name.
 
     Raises:
-        SettingsError: It can't be shown, is too long, or holds what MQTT keeps for itself.
+        SettingsError: It can't be shown, or is too long.
     """
     if not value.isprintable() or len(value) > LONGEST_NAME:
         raise SettingsError(f"{source}={value!r:.60} must be printable, and {LONGEST_NAME} characters long at most")
-    if any(c in value for c in "#+/"):
-        raise SettingsError(
-            f"{source}={value!r} holds #, + or /, which topics of MQTT keep for themselves; leave them out"
-        )
     return value
 
 

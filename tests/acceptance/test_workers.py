@@ -67,11 +67,8 @@ def test_an_unknown_supported_task_that_is_like_no_other_gets_the_list(deploymen
     assert "image_resize" in said
 
 
-def test_a_name_that_no_topic_can_hold_is_refused(deployment):
-    said = "holds #, + or /, which topics of MQTT keep for themselves; leave them out"
-
-    assert refused(deployment, "-n", "a/b@here") == f"Error: -n='a/b@here' {said}"
-    assert refused(deployment, WORKER_ID="#").endswith(f"WORKER_ID='#' {said}")
+def test_a_name_that_no_table_can_hold_is_refused(deployment):
+    assert "must be printable, and 180 characters long at most" in refused(deployment, "-n", "w" * 200)
 
 
 def test_a_capability_without_its_engine_is_refused_with_the_remedy(deployment, tmp_path):
