@@ -215,6 +215,11 @@ class Job(Task):
 
     subtask = signature
 
+    def _get_exec_options(self) -> dict[str, Any]:
+        """As Celery's, without the task's own time limits, which grow: a message carries its caller's only."""
+        options = super()._get_exec_options()
+        return {name: value for name, value in options.items() if name not in ("time_limit", "soft_time_limit")}
+
     @cached_property
     def arguments(self) -> Arguments:
         """What this task takes, as its body declares it."""

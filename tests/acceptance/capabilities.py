@@ -240,6 +240,20 @@ def dawdle(file: str, first_s: float, later_s: float) -> int:
     return runs
 
 
+@app.task(soft_time_limit=1, seconds_per_megabyte=10.0)
+def read(input: InputPath, seconds: float) -> str:  # noqa: A002 (the name of the contract)
+    """Take its time; a soft time limit interrupts it, for a larger input a later one."""
+    time.sleep(seconds)
+    return "read"
+
+
+@app.task(time_limit=1, seconds_per_megabyte=10.0)
+def read_whatever(input: InputPath, seconds: float) -> str:  # noqa: A002 (the name of the contract)
+    """The same by a hard limit."""
+    time.sleep(seconds)
+    return "read"
+
+
 @app.task(retry_on_timeout=True)
 def hurry(file: str, seconds: float) -> int:
     """Take its time at the first attempt only; a time limit is an error that may pass."""

@@ -90,6 +90,30 @@ def test_limits_grow_with_the_input(task, tmp_path):
     assert larger == pytest.approx(resize.time_limit + 3 * resize.seconds_per_megabyte)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("read", "soft"), ("read_whatever", "hard")])
+def test_a_job_has_the_time_that_its_input_takes(deployment, task, tmp_path, name, kind):
+    small, large = tmp_path / "small.jpg", tmp_path / "large.jpg"
+    small.write_bytes(b"x" * 100)
+    large.write_bytes(b"x" * 1_000_000)
+    read = getattr(task, name)
+
+    jobs = [read.delay(large, 2.0), read.delay(small, 2.0)]
+
+    row = deployment.wait_for(jobs[1], "failed")
+    assert row["error_type"] == "JobTimeout"
+    assert f"{name} ran longer than its {kind} time limit of 1.001 s" in row["error_message"]
+    assert jobs[0].get(**GET) == "read"
+    assert deployment.events(jobs[0]) == ["created", "claimed", "started", "completed"]
+
+
+def test_a_limit_of_the_caller_does_not_grow(deployment, task, tmp_path):
+    (tmp_path / "large.jpg").write_bytes(b"x" * 1_000_000)
+
+    job = task.read.apply_async((tmp_path / "large.jpg", 20.0), soft_time_limit=1)
+
+    assert "time limit of 1 s" in deployment.wait_for(job, "failed")["error_message"]
+
+
 def test_a_body_that_runs_out_of_memory_fails_and_its_worker_lives(deployment, task):
     job = task.exhaust_memory.delay()
 
