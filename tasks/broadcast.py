@@ -15,7 +15,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tasks.mirror import slots
 from tasks.relay import IDLE_S, Relay
-from tasks.sinks.mqtt import MqttSink
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         worker.broadcast = self
 
     def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
+        from tasks.sinks.mqtt import MqttSink  # now that the pool has forked: its children need no MQTT client
+
         self._stopping = threading.Event()
         self._look, self._poll = threading.Event(), threading.Event()
         self._sink = MqttSink(self._app.settings, self._app.worker_id, (self._look, self._poll))

@@ -74,15 +74,19 @@ def test_idle_count_follows_the_jobs_within_a_second(deployment, listener, worke
 
 
 def test_idle_count_is_right_under_load(deployment, listener, worker_id):
-    deployment.start_worker("--concurrency=2", "-Q", "add")
+    deployment.start_worker("--concurrency=2", "-Q", "add,note")
     listener.wait_for_capability(worker_id, idle_count=2)
 
-    jobs = [deployment.task.add.delay(number, 1) for number in range(300)]
-    for job in jobs:
-        assert job.get(timeout=30)
-
+    quick = [deployment.task.add.delay(number, 1) for number in range(300)]
+    slow = [deployment.task.note.delay("/dev/null", "", 0.3) for _ in range(12)]
+    listener.wait_for_capability(worker_id, 10, idle_count=0)
+    for job in (*quick, *slow):
+        job.get(timeout=30)
     listener.wait_for_capability(worker_id, 1.0, idle_count=2)
-    assert all(0 <= heard.payload["idle_count"] <= 2 for heard in listener.of_worker(worker_id))
+
+    counts = [heard.payload["idle_count"] for heard in listener.of_worker(worker_id)]
+    assert set(counts) <= {0, 1, 2}
+    assert counts.count(0) >= 1
 
 
 def test_it_is_said_again_at_each_heartbeat(deploy, listener, mosquitto, worker_id):
@@ -173,14 +177,15 @@ def test_the_will_clears_it_when_the_worker_is_stopped_past_the_keepalive(deploy
 
 def test_it_expires_when_the_broker_comes_back_from_disk(deploy, listen, private_mosquitto, worker_id):
     broker = private_mosquitto("persistence true", "autosave_interval 1", "autosave_on_changes true")
-    worker = deploy(broker.port, MQTT_HEARTBEAT_INTERVAL="1").start_worker("-Q", "add")
-    listener = listen(broker.port)
-    listener.wait_for_capability(worker_id)
+    worker = deploy(broker.port, MQTT_HEARTBEAT_INTERVAL="2").start_worker("-Q", "add")
+    listen(broker.port).wait_for_capability(worker_id)
+    eventually(lambda: worker_id.encode() in (broker.folder / "mosquitto.db").read_bytes(), 5)
 
-    broker.stop()
+    broker.kill9()  # a broker that is stopped fires the wills
     worker.kill9()
     broker.start()
-    back = time.monotonic()
+
+    listen(broker.port).wait_for_capability(worker_id, 1)
 
     def is_expired():
         late = listen(broker.port)
@@ -189,8 +194,7 @@ def test_it_expires_when_the_broker_comes_back_from_disk(deploy, listen, private
         late.close()
         return capability is None
 
-    eventually(is_expired, 8)
-    assert time.monotonic() - back < 8
+    eventually(is_expired, 9)
 
 
 def test_a_worker_id_that_is_alive_is_refused(deployment, listener, worker_id):

@@ -1,6 +1,8 @@
 """The events of jobs: every change once it is true, in order, each with its number."""
 
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +117,41 @@ def test_progress_rises_and_ends_at_100(started, listener):
     (halfway,) = [event for event in events if event["data"].get("stage") == "halfway"]
     assert halfway["sequence"] == 3
     assert halfway["status"] == "running"
+
+
+def test_progress_is_told_twice_a_second_at_most(deploy, mosquitto, listener):
+    from tests.mqtt import capabilities
+
+    deployment = deploy(mosquitto.port)
+    deployment.start_worker("--concurrency=1", "-Q", "rise", plug_in=capabilities.__name__)
+
+    job = capabilities.rise.delay(3.0)
+    reports = job.get(timeout=20)
+    listener.wait_for_change(job, "completed")
+
+    told = [heard for heard in listener.heard if job.id in heard.text and "stage" in heard.payload["data"]]
+    assert reports > 100
+    assert 4 <= len(told) <= 7
+    for earlier, later in itertools.pairwise(told):
+        assert later.at - earlier.at > 0.35
+    assert [heard.payload["progress"] for heard in told] == sorted(heard.payload["progress"] for heard in told)
+
+
+def test_a_jobs_own_process_has_no_connection_to_the_broker(deploy, listen, private_mosquitto, worker_id, tmp_path):
+    from tests.mqtt import capabilities
+
+    broker = private_mosquitto()
+    deployment = deploy(broker.port)
+    deployment.start_worker("--concurrency=1", "-Q", "hold", plug_in=capabilities.__name__)
+    listen(broker.port).wait_for_capability(worker_id)
+
+    first = capabilities.hold.delay().get(timeout=20)
+    os.kill(first["pid"], signal.SIGKILL)  # the next one is forked beside the client
+    eventually(lambda: capabilities.hold.delay().get(timeout=20)["pid"] != first["pid"], 20)
+    second = capabilities.hold.delay().get(timeout=20)
+
+    assert first["modules"] == []
+    assert broker.port not in (*first["ports"], *second["ports"])
 
 
 def test_a_long_result_is_left_in_the_table(started, listener, tmp_path):

@@ -103,6 +103,29 @@ def test_a_frozen_broker_slows_no_job_and_costs_no_memory(deploy, listen, privat
     assert time.time() * 1000 - idle["timestamp"] < 60_000
 
 
+def test_large_results_cost_no_memory_while_the_broker_is_frozen(deploy, listen, private_mosquitto, worker_id):
+    from tests.mqtt import capabilities
+
+    broker = private_mosquitto("max_queued_messages 0")
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("--concurrency=1", "-Q", "weigh", plug_in=capabilities.__name__)
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+    listener.wait_for_change(capabilities.weigh.delay(60_000), "completed")
+    before = _memory_mib(worker.pid)
+
+    broker.pause()
+    last = [capabilities.weigh.delay(60_000) for _ in range(800)][-1]  # 48 MB
+    last.get(timeout=60)
+    after = _memory_mib(worker.pid)
+    broker.resume()
+    listener.wait_until_subscribed()
+
+    print(f"{after - before:.0f} MiB more")
+    assert after - before < 30  # a window of 20 messages, or 200, and their copies
+    listener.wait_for_change(last, "completed", 60)
+
+
 def _memory_mib(pid):
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1024

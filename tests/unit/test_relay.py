@@ -1,6 +1,7 @@
 """The relay on a real store, with a sink in the test's hands."""
 
 import json
+import time
 
 import pytest
 
@@ -266,6 +267,20 @@ class TestProgress:
         go(relay, sink)
 
         assert [event["progress"] for event in sink.mentioned] == [50]
+
+
+def test_progress_is_told_twice_a_second_however_often_it_rises(relay, store, sink):
+    enqueue(store, "a")
+    attempt = claim(store, "a")
+    go(relay, sink)
+    deadline = time.monotonic() + 1.6
+
+    while (left_s := deadline - time.monotonic()) > 0:
+        store.progress("a", attempt, percent=90 - 50 * left_s)
+        go(relay, sink, rounds=1)
+        time.sleep(0.01)
+
+    assert 2 <= len(sink.mentioned) <= 4
 
 
 class TestNews:
