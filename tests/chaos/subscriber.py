@@ -1,8 +1,8 @@
 """A subscriber that wants every event: it has a session, which the broker keeps while either of them is away.
 
-In: events. Out: the changes of each job as the README's subscriber sees them, each once. As they come at least once and
-in order, they must be the job's log, without a gap; but for its absences: Mosquitto 2.0.11 drops what it has confirmed
-for a session that it restored from disk and whose client is not back yet.
+In: events, each of which must fit its schema. Out: the changes of each job as the README's subscriber sees them, each
+once. As they come at least once and in order, they must be the job's log, without a gap; but for its absences:
+Mosquitto 2.0.11 drops what it has confirmed for a session that it restored from disk and whose client is not back yet.
 """
 
 import json
@@ -15,6 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from tests.mqtt.messages import checked
 from tests.services import HOST
 from tests.tooling.waiting import eventually
 
@@ -29,7 +30,7 @@ class Subscriber:
     def __init__(self, port: int, topic: str) -> None:
         self.changes: dict[str, list[tuple[int, str]]] = defaultdict(list)
         """{job: (sequence, event_type) of each change}"""
-        self.messages = 0
+        self._payloads: list[bytes] = []
         self.absences: list[tuple[datetime, datetime]] = []
         """From when to when the connection was away."""
         self._left_at: datetime | None = None
@@ -48,8 +49,19 @@ class Subscriber:
         eventually(lambda: self._is_subscribed, 15, "subscribed")
 
     def close(self) -> None:
+        """Leave.
+
+        Raises:
+            jsonschema.ValidationError: A message was no event.
+        """
         self._client.disconnect()
         self._client.loop_stop()
+        for payload in self._payloads:
+            checked("event", payload)
+
+    @property
+    def messages(self) -> int:
+        return len(self._payloads)
 
     @property
     def heard(self) -> int:
@@ -71,7 +83,7 @@ class Subscriber:
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         event = json.loads(message.payload)
-        self.messages += 1
+        self._payloads.append(message.payload)
         mine = self.changes[event["job_id"]]
         if not mine or event["sequence"] > mine[-1][0]:
             mine.append((event["sequence"], event["event_type"]))

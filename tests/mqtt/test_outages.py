@@ -122,7 +122,7 @@ def test_large_results_cost_no_memory_while_the_broker_is_frozen(deploy, listen,
     listener.wait_until_subscribed()
 
     print(f"{after - before:.0f} MiB more")
-    assert after - before < 30  # a window of 20 messages, or 200, and their copies
+    assert after - before < 15  # this broker takes 20 at a time
     listener.wait_for_change(last, "completed", 60)
 
 

@@ -1,12 +1,14 @@
 """The AsyncAPI document and the JSON Schemas: that they say what is true, and that they refuse what is not."""
 
+import copy
 import json
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator, ValidationError
+from jsonschema import Draft7Validator, Draft202012Validator, ValidationError
 
 from tasks.settings import read_settings
 from tasks.sinks import topics
@@ -69,6 +71,16 @@ def test_it_is_asyncapi_3_and_refers_to_what_is_there(document):
         part = document
         for name in reference[2:].split("/"):
             part = part[name]
+
+
+def test_it_fits_the_schema_of_asyncapi(document):
+    validator = Draft7Validator(json.loads((Path(__file__).parent / "asyncapi" / "3.0.0.json").read_text()))
+
+    validator.validate(document)
+
+    document = copy.deepcopy(document)
+    document["operations"]["tellEvent"]["action"] = "publish"
+    assert not validator.is_valid(document)
 
 
 def test_it_refers_to_every_schema_and_every_schema_is_one(document):

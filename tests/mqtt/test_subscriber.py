@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.deployment import lines
+from tests.mqtt.messages import checked
 from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
@@ -60,6 +61,8 @@ def test_the_readmes_subscriber_hears_every_change_of_every_job(deploy, prefix, 
         subscriber.wait(10)
 
     changes: dict[str, list[dict]] = {job.id: [] for job in jobs}
+    for line in lines(log):
+        checked("event", line)
     for event in heard_by(log):
         if event["job_id"] in changes:
             changes[event["job_id"]].append(event)
