@@ -288,10 +288,10 @@ class TestNews:
         """In how many of the next rounds it looks into the log, one second of them."""
         looks = []
         changes = store.changes
-        monkeypatch.setattr(store, "changes", lambda *args, **kwargs: looks.append(1) or changes(*args, **kwargs))
-        for _ in range(10):
-            relay.round()
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "changes", lambda *args, **kwargs: looks.append(1) or changes(*args, **kwargs))
+            for _ in range(10):
+                relay.round()
         return len(looks)
 
     def test_nothing_is_read_while_nothing_is_written(self, relay, store, sink, monkeypatch):
