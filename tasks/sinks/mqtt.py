@@ -61,7 +61,7 @@ class MqttSink:
         self._is_open = self._is_away = self._is_refused = False
         self._connections = 0
         self._opened_at = self._thrown_off_at = -math.inf
-        self._closed_in_a_row = 0
+        self._closed_in_a_row, self._lived_s = 0, 0.0
         self._window = WINDOW
         self._limit: Final = Limit(settings)
         self._has_confirmed = self._is_over_limit = False
@@ -196,6 +196,8 @@ class MqttSink:
 
     def _on_disconnect(self, client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         was_open, self._is_open = self._is_open, False
+        self._lived_s = time.monotonic() - self._opened_at
+        self._closed_in_a_row = 1 + (self._closed_in_a_row if self._lived_s < SHORT_S else 0)
         self._ended.set()
         if not code.is_failure:
             return
@@ -203,9 +205,9 @@ class MqttSink:
             self._warn(trouble.no_answer(self._settings))
         elif code.value == KEEP_ALIVE_TIMEOUT:
             self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
-        elif self._is_over_an_event(code.value):
+        elif self._has_gone_over_limit(code.value):
             self._is_over_limit, self._closed_in_a_row = True, 0
-        elif code.value == SESSION_TAKEN_OVER or self._is_thrown_off():
+        elif self._is_thrown_off(code.value):
             self._yield_to_namesake(client)
         else:
             logger.info("%s; it is opened again", trouble.lost(self._settings, code))  # what prevents that is a warning
@@ -235,26 +237,22 @@ class MqttSink:
             self._is_away = True
             logger.warning("%s; jobs run on, their events are told later", what)
 
-    def _is_over_an_event(self, code: int) -> bool:
-        """Whether the connection was closed because of a message that is too long, with a word or without.
+    def _has_gone_over_limit(self, code: int) -> bool:
+        """Whether the broker has closed the connection because of a message that is too long, with a word or without.
 
-        Such a one is told again as soon as the connection is open; a namesake takes a while to come back.
+        Such a one is told again as soon as the next one is open, and closes it at once; a namesake takes a while.
         """
         if code in TOO_LARGE:
             return True
-        is_at_once = self._lived_s() < (AT_ONCE_S if self._has_confirmed else SHORT_S)
-        return code != SESSION_TAKEN_OVER and is_at_once and self._told.has_any()
+        is_at_once = self._lived_s < (AT_ONCE_S if self._has_confirmed else SHORT_S)
+        return code != SESSION_TAKEN_OVER and self._closed_in_a_row > 1 and is_at_once and self._told.has_any()
 
-    def _is_thrown_off(self) -> bool:
+    def _is_thrown_off(self, code: int) -> bool:
         """Whether a connection that the broker has closed tells of another client of this name."""
-        if self._lived_s() >= SHORT_S:
-            self._closed_in_a_row = 1
-            return False
-        self._closed_in_a_row += 1
-        return self._closed_in_a_row >= THROWN_OFF_AFTER or self._was_thrown_off_lately()
-
-    def _lived_s(self) -> float:
-        return time.monotonic() - self._opened_at
+        if code == SESSION_TAKEN_OVER:
+            return True
+        is_in_a_row = self._closed_in_a_row >= THROWN_OFF_AFTER or self._was_thrown_off_lately()
+        return self._lived_s < SHORT_S and is_in_a_row
 
     def _was_thrown_off_lately(self) -> bool:
         return time.monotonic() - self._thrown_off_at < THROWN_OFF_FORGOTTEN_AFTER_S
