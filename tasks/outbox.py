@@ -20,6 +20,7 @@ from sqlalchemy.dialects.postgresql import psycopg, psycopg2
 from db import statements
 from db.records import NewJob, now
 from db.statements import LOG, log_row
+from tasks.arguments import is_name
 from tasks.enqueue import new_job
 from tasks.errors import InvalidArguments
 
@@ -54,7 +55,9 @@ def enqueue(
     from tasks.celery import app
 
     app.load_capabilities()
-    name = task if isinstance(task, str) else task.name
+    name = getattr(task, "name", task)
+    if not is_name(name) or not isinstance(options or {}, Mapping):
+        raise InvalidArguments(f"enqueue(connection, {task!r}, …): give a task or its name; options are a dict")
     declared, options = app.tasks.get(name), dict(options or {})
     options["task_id"] = options.get("task_id") or app.new_id()
     if "unique_key" in options or "unique_for" in options:

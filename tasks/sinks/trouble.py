@@ -17,7 +17,6 @@ UNSUPPORTED_VERSION: Final = 0x84
 BAD_CLIENT_ID: Final = 0x85
 BAD_CREDENTIALS: Final = 0x86
 NOT_AUTHORIZED: Final = 0x87
-LAST_PORT: Final = 65535
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
 WRONG_NAME: Final = (62, 64)
 # What a broker that wants another client certificate, or one at all, says in the handshake.
@@ -36,8 +35,6 @@ def address(settings: "Settings") -> str:
 
 def unreachable(settings: "Settings", exc: Exception) -> str:
     """Why no connection could be made."""
-    if settings.mqtt_port > LAST_PORT:  # the socket would take it modulo 65536
-        return f"MQTT_PORT={settings.mqtt_port} is no port; the last one is {LAST_PORT}"
     if isinstance(exc, (socket.gaierror, UnicodeError)):
         return f"MQTT_BROKER={settings.mqtt_broker!r} is no host that can be found ({_reason(exc)})"
     if isinstance(exc, ssl.SSLCertVerificationError):

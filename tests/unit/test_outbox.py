@@ -255,6 +255,12 @@ def test_what_is_no_connection_is_refused_by_its_type(producer, connection):
         outbox.enqueue(connection, producer.task.add, 1)
 
 
+@pytest.mark.parametrize(("task", "options"), [(None, None), (7, None), ("", None), ("add", ["priority"])])
+def test_what_is_no_task_or_no_options_is_refused(producer, task, options):
+    with pytest.raises(InvalidArguments, match="give a task or its name; options are a dict"):
+        outbox.enqueue(None, task, 1, options=options)
+
+
 def test_an_engine_is_no_connection(producer):
     with engine_of(producer) as engine, pytest.raises(PermanentError):
         outbox.enqueue(engine, producer.task.add, 1)
