@@ -43,8 +43,6 @@ class MediaWorker(Worker):
         Raises:
             SystemExit: The database can't be used, or another worker of this name is alive; said in one line.
         """
-        for name, reason in self._engines.formats.items():
-            logger.info("images in %s can't be read and written here: %s", name, reason)
         self._stop = GracefulStop(self)
         self._stop.start()
         if self.app.settings.mirror:
@@ -52,7 +50,9 @@ class MediaWorker(Worker):
                 self.app.patiently(self.app.leases.take)
             except (MediaTasksError, SQLAlchemyError) as exc:
                 sys.exit(f"Error: {exc}")
-        super().on_start()
+        super().on_start()  # prints the banner
+        for name, reason in self._engines.formats.items():
+            logger.info("images in %s can't be read and written here: %s", name, reason)
 
     def install_platform_tweaks(self, worker: Any) -> None:
         """As Celery's, with a graceful stop in the place of its signal handlers."""
