@@ -33,7 +33,7 @@ from tasks.rows import describe
 logger = logging.getLogger(__name__)
 
 spared: Final[set[str]] = set()
-"""Jobs whose processes were ended although they were not at fault; their attempts are closed without a death."""
+"""Jobs whose processes were ended by no fault of theirs, and whose attempts could not be closed at once."""
 
 processed: Final = {"completed": 0, "failed": 0}
 """How many jobs of this process have ended, for its heartbeat."""
@@ -109,8 +109,9 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._outcome = None
         if not self._had_its_time(limit_s):
             logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
-            spared.add(self.id)
             closed = self._close("the database did not answer", event="released", is_death=False)
+            if closed is None:
+                spared.add(self.id)
             self.reject(requeue=closed is None)
             return
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
