@@ -78,7 +78,8 @@ def _verdict(exc: BaseException) -> tuple[type[Exception], str] | None:
     if state is not None and state.startswith(_POSTGRES_TRANSIENT):
         return DatabaseUnavailable, f"can't answer now: {text}"
     is_dropped = isinstance(exc, InterfaceError) or (isinstance(exc, DBAPIError) and exc.connection_invalidated)
-    if state is None and (is_dropped or type(cause).__name__ == "OperationalError"):
+    is_operational = any(cls.__name__ == "OperationalError" for cls in type(cause).__mro__)  # of psycopg or psycopg2
+    if state is None and (is_dropped or is_operational):
         if _POSTGRES_MISSING.search(text):
             return (
                 DatabaseUnusable,

@@ -7,6 +7,7 @@ module that declares tasks with `@app.task`). Out: tasks in the registry; queue,
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ GROUP: Final = "media_tasks.capabilities"
 BUILT_IN: Final = ("tasks.images",)
 OWN_PREFIX: Final = "celery."
 TRY_WITHIN_S: Final = 30.0
+TRIES: Final = 3
 NOT_INSTALLED: Final = "is not installed"
 
 
@@ -111,7 +113,10 @@ def try_engines(tasks: Iterable[Any]) -> Engines:
 
 def _try_some(modules: Sequence[str], found: Engines) -> int:
     """Try the first of them, up to one that ends the process; how many that were."""
-    said, end = _try(modules)
+    for _ in range(TRIES):
+        said, end, is_killed = _try(modules)
+        if not is_killed:  # by somebody else: engines don't end themselves so
+            break
     tried = 0
     for line in said.splitlines():
         answer = json.loads(line)
@@ -127,8 +132,8 @@ def _try_some(modules: Sequence[str], found: Engines) -> int:
     return tried
 
 
-def _try(modules: Sequence[str]) -> tuple[str, str]:
-    """What the process says, and how it ended."""
+def _try(modules: Sequence[str]) -> tuple[str, str, bool]:
+    """What the process says, how it ended, and whether it was killed."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-P", "-m", "tasks.media.engines", *modules]
     try:
@@ -143,9 +148,10 @@ def _try(modules: Sequence[str]) -> tuple[str, str]:
         )
     except subprocess.TimeoutExpired as exc:
         said = exc.stdout or b""
-        return said.decode() if isinstance(said, bytes) else said, f"does not load within {TRY_WITHIN_S:g} s"
+        return said.decode() if isinstance(said, bytes) else said, f"does not load within {TRY_WITHIN_S:g} s", False
     *_, last = ["", *done.stderr.splitlines()]
-    return done.stdout, f"can't be used: its import ends the process with code {done.returncode} {last}".rstrip()
+    end = f"can't be used: its import ends the process with code {done.returncode} {last}".rstrip()
+    return done.stdout, end, -done.returncode in (signal.SIGKILL, signal.SIGTERM)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """PostgreSQL: restarts, lost sessions, forks, and what people read when it can't be used."""
 
+import socket
 import threading
 import time
 
@@ -98,6 +99,18 @@ class TestErrors:
             store.jobs()
 
         assert "secret" not in str(error.value)
+
+    def test_a_server_that_takes_a_connection_and_says_nothing_is_waited_for(self):
+        """As one whose machine is overloaded or frozen."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            url = f"postgresql://me@127.0.0.1:{port}/jobs?connect_timeout=2"
+            database = open_database(url)
+            with pytest.raises(DatabaseUnavailable, match="does not answer") as error:
+                Store(database).counts()
+            database.close()
+
+        assert is_transient(error.value)
 
     def test_an_unknown_database_is_final_and_can_be_created(self, upgraded_postgres_url):
         unknown = make_url(upgraded_postgres_url).set(database="unknown")

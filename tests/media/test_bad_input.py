@@ -268,7 +268,9 @@ def test_an_output_with_an_unknown_suffix_is_refused_before_the_input_is_looked_
 def test_an_output_below_a_file(tmp_path, limits, photos):
     (tmp_path / "outputs").write_text("a file")
     for way in WAYS.values():
-        with pytest.raises(OutputNotWritable, match=r"outputs/.* can't be written: a file stands .*; move that away, or"):
+        with pytest.raises(
+            OutputNotWritable, match=r"outputs/.* can't be written: a file stands .*; move that away, or"
+        ):
             way(str(photos / "gray.jpg"), tmp_path / "outputs", limits)
     assert files_under(tmp_path) == {"outputs"}
 

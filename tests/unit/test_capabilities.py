@@ -129,6 +129,16 @@ def test_an_engine_that_crashes_does_not_hide_the_next_one(engine):
     assert found.lacked_by(works) == {}
 
 
+def test_an_engine_is_tried_again_when_somebody_kills_the_process_that_tries_it(engine, tmp_path):
+    mark = tmp_path / "was killed"
+    killed = f"import os; os.path.exists({str(mark)!r}) or (open({str(mark)!r}, 'w'), os.kill(os.getpid(), 9))"
+    unlucky, doomed = engine("unlucky_engine", killed), engine("doomed_engine", "import os; os.kill(os.getpid(), 9)")
+
+    assert capabilities.try_engines([unlucky]).unusable == {}
+    assert mark.exists()
+    assert "with code -9" in capabilities.try_engines([doomed]).unusable["doomed_engine"]
+
+
 def test_an_engine_that_hangs_is_given_up(engine, monkeypatch):
     monkeypatch.setattr(capabilities, "TRY_WITHIN_S", 1)
     hanging = engine("hanging_engine", "import time; time.sleep(60)")
