@@ -393,7 +393,7 @@ class TestSigtermSigint:
         assert [job.get(**GET) for job in waiting] == ["0", "1", "2", "3"]
         assert {own.row(job)["claimed_by"] for job in waiting} == {"w2"}
         assert own.row(running)["status"] == "running"  # it is at once that the rest is given back
-        assert worker.wait() == 0
+        assert worker.wait(30) == 0
         assert events_of_all(own, [running, *waiting]) == {tuple(COMPLETED)}
         assert lines(tmp_path / "runs") == ["begin job", "end job"]
 
