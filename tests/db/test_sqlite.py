@@ -339,7 +339,7 @@ class TestFile:
 class TestUnusable:
     """Each is refused with a message that names the file and the remedy."""
 
-    def refused(self, path, match, kind=DatabaseNotReady):
+    def assert_refused(self, path, match, kind=DatabaseNotReady):
         database = open_database(path)
         with pytest.raises(kind, match=match) as error:
             Store(database).enqueue(new_job())
@@ -350,13 +350,13 @@ class TestUnusable:
     def test_a_file_where_its_directory_should_be(self, tmp_path):
         (tmp_path / "file").touch()
 
-        self.refused(tmp_path / "file" / "media_store.db", "a file stands where its directory.*CL_SERVER_DIR")
-        self.refused(tmp_path / "file" / "deeper" / "media_store.db", "a file stands where its directory")
+        self.assert_refused(tmp_path / "file" / "media_store.db", "a file stands where its directory.*CL_SERVER_DIR")
+        self.assert_refused(tmp_path / "file" / "deeper" / "media_store.db", "a file stands where its directory")
 
     def test_a_directory_in_its_place(self, tmp_path):
         (tmp_path / "media_store.db").mkdir()
 
-        self.refused(tmp_path / "media_store.db", "is a directory; name a file in DATABASE_URL")
+        self.assert_refused(tmp_path / "media_store.db", "is a directory; name a file in DATABASE_URL")
 
     @pytest.mark.parametrize("what", ["directory", "file"])
     def test_one_that_this_user_may_not_write(self, tmp_path, monkeypatch, what):
@@ -366,11 +366,13 @@ class TestUnusable:
         may = os.access
         monkeypatch.setattr(os, "access", lambda asked, mode: asked != forbidden and may(asked, mode))
 
-        self.refused(path, "can't be written; set CL_SERVER_DIR to a directory that this user may write")
+        self.assert_refused(path, "can't be written; set CL_SERVER_DIR to a directory that this user may write")
 
     @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc: a directory in which even root makes nothing")
     def test_a_directory_that_cannot_be_made(self):
-        self.refused(Path("/proc/self/media/media_store.db"), "its directory can't be made .*; set CL_SERVER_DIR")
+        self.assert_refused(
+            Path("/proc/self/media/media_store.db"), "its directory can't be made .*; set CL_SERVER_DIR"
+        )
 
     def test_one_in_memory(self):
         for url in ("sqlite://", "sqlite:///:memory:"):
@@ -380,7 +382,7 @@ class TestUnusable:
     def test_one_that_is_no_database(self, sqlite_path):
         sqlite_path.write_text("this is a text file, and a long one\n" * 200)
 
-        self.refused(sqlite_path, "is not a database; move it away, or name another file", DatabaseUnusable)
+        self.assert_refused(sqlite_path, "is not a database; move it away, or name another file", DatabaseUnusable)
 
     def test_a_damaged_one(self, store, database, sqlite_path):
         for _ in range(300):
