@@ -54,8 +54,13 @@ class SqliteFile:
         self.path: Final = Path(url.database)
         self._mmap_bytes: Final = mmap_bytes
         self._engine: Final = create_engine(
-            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True, **options
-        )  # what jobs hold is never logged
+            url,
+            poolclass=NullPool,
+            isolation_level="AUTOCOMMIT",
+            paramstyle="named",
+            hide_parameters=True,  # what jobs hold is never logged
+            **options,
+        )
         event.listen(self._engine, "connect", self._on_connect)
         self._connection: Connection | None = None
         self._identity = (0, 0)

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     String,
     and_,
     bindparam,
@@ -31,6 +30,7 @@ from sqlalchemy import (
 )
 
 from db.models import Document, UTCDateTime, queue_pauses, task_groups, task_logs, task_queue
+from db.prepared import Prepared
 from db.records import DUE, PENDING, Status
 
 ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
@@ -49,16 +49,32 @@ def is_one_of(statuses: Iterable[Status]) -> ColumnElement[bool]:
 
 of_job = _job.job_id == bindparam("b_job_id")
 of_attempt = and_(of_job, _job.attempt == bindparam("b_attempt"), is_one_of(ACTIVE))
-RETURNED: Final = (
-    _job.job_id,
-    _job.publication,
-    _job.priority,
-    _job.attempt,
-    _job.deaths,
-    _job.sequence,
-    _job.claimed_by,
+
+
+class Changed(NamedTuple):
+    """What a change of a job tells of its row."""
+
+    job_id: str
+    publication: int
+    priority: int
+    attempt: int
+    deaths: int
+    sequence: int
+    claimed_by: str | None
+
+
+RETURNED: Final = tuple(_job[name] for name in Changed._fields)
+LOG: Final = Prepared(
+    insert(task_logs).values(
+        job_id=bindparam("b_job_id"),
+        sequence=bindparam("b_sequence"),
+        event_type=bindparam("b_event"),
+        worker_id=bindparam("b_worker"),
+        created_at=bindparam("b_now"),
+        message=bindparam("b_message"),
+        details=bindparam("b_details"),
+    )
 )
-LOG: Final = insert(task_logs)
 
 
 @dataclass(frozen=True)
@@ -69,25 +85,27 @@ class Change:
     events: tuple[str, ...]
     tells_attempt: bool = True
 
-    def execute(self, connection: Connection, bound: Mapping[str, Any]) -> Row[Any] | None:
+    def execute(self, connection: Connection, bound: Mapping[str, Any]) -> Changed | None:
         """Change the row and log it; None if there was nothing to change. `bound` holds `b_now` and `b_worker`.
 
         On PostgreSQL it is atomic by itself, on SQLite inside a transaction.
         """
         if connection.dialect.name == "postgresql":
-            return connection.execute(self._with_log, bound).one_or_none()
-        row = connection.execute(self.statement, bound).one_or_none()
-        if row is not None:
-            details = {"attempt": row.attempt} if self.tells_attempt else None
-            worker_id = row.claimed_by or bound["b_worker"]
-            connection.execute(
-                LOG,
-                [
-                    log_row(row.job_id, row.sequence - back, event, worker_id, bound["b_now"], None, details)
-                    for back, event in self._numbered
-                ],
-            )
-        return row
+            row = self._with_log.first(connection, bound)
+            return None if row is None else Changed(*row)
+        if (row := self._prepared.first(connection, bound)) is None:
+            return None
+        changed = Changed(*row)
+        details = {"attempt": changed.attempt} if self.tells_attempt else None
+        worker_id = changed.claimed_by or bound["b_worker"]
+        for back, event in self._numbered:
+            number = changed.sequence - back
+            LOG.first(connection, log_row(changed.job_id, number, event, worker_id, bound["b_now"], None, details))
+        return changed
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return Prepared(self.statement)
 
     @property
     def _numbered(self) -> list[tuple[int, str]]:
@@ -95,7 +113,7 @@ class Change:
         return [(len(self.events) - number, event) for number, event in enumerate(self.events, 1)]
 
     @cached_property
-    def _with_log(self) -> Any:
+    def _with_log(self) -> Prepared:
         changed = self.statement.cte("changed")
         attempt = func.json_build_object("attempt", changed.c.attempt, type_=Document)
         rows = [
@@ -111,7 +129,7 @@ class Change:
         ]
         columns = ("job_id", "sequence", "worker_id", "event_type", "details", "created_at")
         log = insert(task_logs).from_select(columns, union_all(*rows) if len(rows) > 1 else rows[0])
-        return select(changed).add_cte(log.cte("logged"))
+        return Prepared(select(changed).add_cte(log.cte("logged")))
 
 
 def log_row(
@@ -123,14 +141,15 @@ def log_row(
     message: str | None,
     details: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    """The parameters of LOG."""
     return {
-        "job_id": job_id,
-        "sequence": sequence,
-        "event_type": event,
-        "worker_id": worker_id,
-        "created_at": at,
-        "message": message,
-        "details": details,
+        "b_job_id": job_id,
+        "b_sequence": sequence,
+        "b_event": event,
+        "b_worker": worker_id,
+        "b_now": at,
+        "b_message": message,
+        "b_details": details,
     }
 
 
@@ -244,7 +263,7 @@ PROGRESS: Final = (
     .where(of_attempt)
     .values(progress=bindparam("b_progress"), stage=bindparam("b_stage"), updated_at=bindparam("b_now"))
 )
-OWNS: Final = select(literal(1)).select_from(task_queue).where(of_attempt)
+OWNS: Final = Prepared(select(literal(1)).select_from(task_queue).where(of_attempt))
 JOB: Final = select(task_queue).where(of_job)
 STANDING: Final = select(
     _job.status,

@@ -18,6 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import psycopg, psycopg2
 
 from db import statements
+from db.prepared import DriverStatement
 from db.records import NewJob, now
 from db.statements import LOG, log_row
 from tasks.arguments import is_name
@@ -92,7 +93,7 @@ class _Cursor(ABC):
             values[name] = json.loads(dumps(values[name]))
         insert = statements.enqueue(sqlite if self.is_sqlite else postgresql).statement
         if self.execute(insert, values):  # else its id is there already: the row stays as it is
-            self.execute(LOG, log_row(job.job_id, 1, "created", None, at, None, None))
+            self.execute(LOG.statement, log_row(job.job_id, 1, "created", None, at, None, None))
 
     def _require(self, store: Any) -> None:
         """Refuse a connection to another database: nobody would look for the job there."""
@@ -132,14 +133,9 @@ class _DbApi(_Cursor):
         self.is_sqlite = driver == "sqlite3"
 
     def execute(self, statement: Any, values: Mapping[str, Any]) -> bool:
-        compiled = statement.compile(dialect=self._dialect, column_keys=list(values) if statement is LOG else None)
-        processors = compiled._bind_processors
-        ready = {
-            name: processors[name](value) if name in processors else value
-            for name, value in compiled.construct_params(dict(values)).items()
-        }
+        ready = DriverStatement(statement, self._dialect)
         cursor = self._connection.cursor()
-        cursor.execute(str(compiled), ready)
+        cursor.execute(ready.sql, ready.parameters(values))
         has_row = cursor.description is not None and cursor.fetchone() is not None
         cursor.close()
         return has_row

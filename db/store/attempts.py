@@ -179,7 +179,7 @@ class Attempts(Part):
         """The fencing check: whether `attempt` is still the running one."""
         with self._reading() as connection:
             bound = {"b_job_id": job_id, "b_attempt": attempt}
-            return connection.execute(statements.OWNS, bound).scalar() is not None
+            return statements.OWNS.first(connection, bound) is not None
 
     def progress(self, job_id: str, attempt: int, *, percent: float, stage: str | None = None) -> bool:
         """Write how far the attempt is, 0-100. Not a transition: no log row, no sequence number."""

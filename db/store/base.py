@@ -121,8 +121,7 @@ def log(
     message: str | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> None:
-    row = statements.log_row(job_id, sequence, event, worker_id, at, text(message), details)
-    connection.execute(statements.LOG, row)
+    statements.LOG.first(connection, statements.log_row(job_id, sequence, event, worker_id, at, text(message), details))
 
 
 def log_failure(

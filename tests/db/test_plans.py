@@ -1,11 +1,14 @@
 """With a million rows none of the statements that run for a job, or in a list, may read the whole table."""
 
 import re
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 
+from db.prepared import DriverStatement
 from db.records import Failure, Liveness, Status, now
 from tests.db.conftest import claim, new_job, running
 
@@ -135,16 +138,8 @@ def test_what_is_looked_for_all_the_time_is_found_in_its_index(full_store, name)
 def plans_of(store, name):
     """The statements of a call, each with its plan."""
     job, attempt = running(store, group_id="g", in_chord=True)
-    executed = []
-
-    def record(_connection, _cursor, statement, parameters, _context, is_many):
-        executed.append((statement, parameters[0] if is_many and parameters else parameters))
-
-    event.listen(Engine, "before_cursor_execute", record)
-    try:
+    with executed_by() as executed:
         CALLS[name](store, job, attempt)
-    finally:
-        event.remove(Engine, "before_cursor_execute", record)
 
     assert executed
     return [
@@ -152,6 +147,26 @@ def plans_of(store, name):
         for statement, parameters in executed
         if not statement.startswith(("INSERT", "BEGIN", "COMMIT"))
     ]
+
+
+@contextmanager
+def executed_by():
+    """What drivers get in this block: the statements, each with its parameters."""
+    executed, parameters_of = [], DriverStatement.parameters
+
+    def record(_connection, _cursor, statement, parameters, _context, is_many):
+        executed.append((statement, parameters[0] if is_many and parameters else parameters))
+
+    def recorded(statement, bound):
+        executed.append((statement.sql, parameters_of(statement, bound)))
+        return executed[-1][1]
+
+    event.listen(Engine, "before_cursor_execute", record)
+    try:
+        with mock.patch.object(DriverStatement, "parameters", recorded):
+            yield executed
+    finally:
+        event.remove(Engine, "before_cursor_execute", record)
 
 
 def test_a_statement_that_does_is_noticed(full_store):
