@@ -63,13 +63,16 @@ class SqliteFile:
         )
         event.listen(self._engine, "connect", self._on_connect)
         self._connection: Connection | None = None
+        self._waits_ms = BUSY_TIMEOUT_MS
         self._identity = (0, 0)
 
     @contextmanager
     def connection(self, _outer: Connection | None = None) -> Iterator[Connection]:
         """This process's connection, for this thread alone; each statement is a transaction of its own."""
         with lock:
-            yield self._opened()
+            connection = self._opened()
+            self._wait_at_most(BUSY_TIMEOUT_MS)
+            yield connection
 
     @contextmanager
     def transaction(self, _outer: Connection | None = None) -> Iterator[Connection]:
@@ -80,6 +83,7 @@ class SqliteFile:
                 connection = self._opened()
                 handle: Any = connection.connection.dbapi_connection
                 try:
+                    self._wait_at_most(_SLICE_MS)
                     if _begin(handle, is_last_try=time.monotonic() > deadline):
                         yield connection
                         handle.commit()
@@ -117,7 +121,15 @@ class SqliteFile:
             _prepare_directory(self.path)
             self._connection = self._engine.connect()
             self._identity = _identity(self.path)
+            self._waits_ms = BUSY_TIMEOUT_MS
         return self._connection
+
+    def _wait_at_most(self, limit_ms: int) -> None:
+        """For another process's lock, from now on."""
+        if self._connection is not None and self._waits_ms != limit_ms:
+            handle: Any = self._connection.connection.dbapi_connection
+            handle.execute(f"PRAGMA busy_timeout={limit_ms}").close()
+            self._waits_ms = limit_ms
 
     def _on_connect(self, handle: sqlite3.Connection, _record: object) -> None:
         deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
@@ -153,16 +165,13 @@ def _set(handle: sqlite3.Connection, pragma: str, deadline: float) -> None:
 
 
 def _begin(handle: sqlite3.Connection, *, is_last_try: bool) -> bool:
-    """Take the write lock; False if another process holds it for longer than a slice."""
-    handle.execute(f"PRAGMA busy_timeout={_SLICE_MS}").close()
+    """Take the write lock; False if another process holds it for longer than the connection waits."""
     try:
         handle.execute("BEGIN IMMEDIATE").close()
     except sqlite3.OperationalError as exc:
         if is_last_try or exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
             raise
         return False
-    finally:
-        handle.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}").close()
     return True
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Integer,
     String,
     and_,
     bindparam,
@@ -96,21 +97,38 @@ class Change:
         if (row := self._prepared.first(connection, bound)) is None:
             return None
         changed = Changed(*row)
-        details = {"attempt": changed.attempt} if self.tells_attempt else None
-        worker_id = changed.claimed_by or bound["b_worker"]
-        for back, event in self._numbered:
-            number = changed.sequence - back
-            LOG.first(connection, log_row(changed.job_id, number, event, worker_id, bound["b_now"], None, details))
+        self._log.first(
+            connection,
+            {
+                "b_job_id": changed.job_id,
+                "b_sequence": changed.sequence,
+                "b_worker": changed.claimed_by or bound["b_worker"],
+                "b_now": bound["b_now"],
+                "b_details": {"attempt": changed.attempt} if self.tells_attempt else None,
+            },
+        )
         return changed
-
-    @cached_property
-    def _prepared(self) -> Prepared:
-        return Prepared(self.statement)
 
     @property
     def _numbered(self) -> list[tuple[int, str]]:
         """Each event with its distance from the row's sequence number."""
         return [(len(self.events) - number, event) for number, event in enumerate(self.events, 1)]
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return Prepared(self.statement)
+
+    @cached_property
+    def _log(self) -> Prepared:
+        same: dict[str, Any] = {
+            "job_id": bindparam("b_job_id"),
+            "worker_id": bindparam("b_worker"),
+            "created_at": bindparam("b_now", type_=UTCDateTime),
+            "details": bindparam("b_details", type_=Document),
+        }
+        last = bindparam("b_sequence", type_=Integer)
+        rows = [same | {"sequence": last - back, "event_type": event} for back, event in self._numbered]
+        return Prepared(insert(task_logs).values(rows))
 
     @cached_property
     def _with_log(self) -> Prepared:
