@@ -101,11 +101,14 @@ class Crew:
 
     # What can be done to a worker; each is called with the post's lock held
 
-    def kill_child(self, post: Post, chance: random.Random) -> None:
-        if children := post.worker.child_pids():
-            pid = chance.choice([*filter(_is_busy, children)] or children)
-            self.blow("child killed", post.name, f"pid {pid} of {post.worker.pid}")
-            processes.send([pid], signal.SIGKILL)
+    def kill_child(self, post: Post, chance: random.Random) -> bool:
+        """False if there is none: it has just died, or its worker has only begun."""
+        if not (children := post.worker.child_pids()):
+            return False
+        pid = chance.choice([*filter(_is_busy, children)] or children)
+        self.blow("child killed", post.name, f"pid {pid} of {post.worker.pid}")
+        processes.send([pid], signal.SIGKILL)
+        return True
 
     def kill_worker(self, post: Post, chance: random.Random) -> None:
         self._gone(post, chance, "worker killed")
@@ -132,9 +135,12 @@ class Crew:
             self._gone(post, chance, "worker killed")
             post.worker.kill9_everything()
 
-    def freeze_child(self, post: Post, chance: random.Random, hold: Hold) -> None:
-        if children := post.worker.child_pids():
-            self._freeze(post, "child stopped", [chance.choice(children)], hold)
+    def freeze_child(self, post: Post, chance: random.Random, hold: Hold) -> bool:
+        """False if there is none."""
+        if not (children := post.worker.child_pids()):
+            return False
+        self._freeze(post, "child stopped", [chance.choice(children)], hold)
+        return True
 
     def freeze_worker(self, post: Post, chance: random.Random, hold: Hold) -> None:
         self._freeze(post, "worker stopped", [post.worker.pid, *post.worker.child_pids()], hold)

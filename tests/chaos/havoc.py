@@ -61,7 +61,7 @@ class Havoc:
         }
         if disk is not None:
             self._servers["disk full"] = ("disk", disk.fill)
-        self._on_workers: dict[str, Callable[[Post, random.Random, Hold], None]] = {
+        self._on_workers: dict[str, Callable[[Post, random.Random, Hold], bool | None]] = {
             "kill child": lambda post, chance, _: crew.kill_child(post, chance),
             "kill worker": lambda post, chance, _: crew.kill_worker(post, chance),
             "kill main": lambda post, chance, _: crew.kill_main(post, chance),
@@ -134,7 +134,9 @@ class Havoc:
                 blow.over()
 
     def _hit(self, planned: Planned, hold: Hold) -> None:
-        """Someone alive. A worker that is stopped can be killed meanwhile; all else waits for its turn."""
+        """Someone alive, however long it takes to find one, so that as many are dealt as were planned. A worker that is
+        stopped can be killed meanwhile; all else waits for its turn.
+        """
         chance = random.Random(planned.seed)  # noqa: S311 (no secret)
         deal, is_stop = self._on_workers[planned.kind], planned.kind.startswith("stop ")
         patience = time.monotonic() + FOR_WORK_S
@@ -142,7 +144,6 @@ class Havoc:
             post = self._crew.victim(chance)
             if post is not None and (self._crew.is_busy(post) or time.monotonic() > patience):
                 with nullcontext() if is_stop else post.lock:
-                    if post.worker.is_alive():
-                        deal(post, chance, hold)
+                    if post.worker.is_alive() and deal(post, chance, hold) is not False:
                         return
             self._over.wait(LOOK_AGAIN_S)

@@ -13,7 +13,7 @@ from tests.conftest import in_ci, required
 @pytest.mark.parametrize(
     ("combination", "size"),
     [
-        ("embedded", Size(jobs=120, kills=8, workers=2)),
+        ("embedded", Size(jobs=300, kills=16, workers=2)),
         pytest.param("rabbitmq", Size(jobs=60, kills=5, workers=2), marks=pytest.mark.storm),
         pytest.param("redis", Size(jobs=60, kills=5, workers=2), marks=pytest.mark.storm),
     ],
