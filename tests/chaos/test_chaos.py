@@ -14,8 +14,8 @@ from tests.conftest import in_ci, required
     ("combination", "size"),
     [
         ("embedded", Size(jobs=300, kills=16, workers=2)),
-        pytest.param("rabbitmq", Size(jobs=60, kills=5, workers=2), marks=pytest.mark.storm),
-        pytest.param("redis", Size(jobs=60, kills=5, workers=2), marks=pytest.mark.storm),
+        pytest.param("rabbitmq", Size(jobs=200, kills=10, workers=2), marks=pytest.mark.storm),
+        pytest.param("redis", Size(jobs=200, kills=10, workers=2), marks=pytest.mark.storm),
     ],
     ids=["embedded", "rabbitmq", "redis"],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from contextlib import closing
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
 from db import schema
+from db.records import now
 from tasks import outbox
 from tasks.errors import InvalidArguments, PermanentError, UnknownTask
 from tasks.reconciler import Reconciler
@@ -150,6 +152,18 @@ def test_others_may_write_between_the_callers_begin_and_the_job(producer):
         connection.execute("COMMIT")
 
     assert producer.events(job) == ["created"]
+
+
+def test_a_job_of_a_host_whose_clock_is_ahead_is_due_at_once_by_that_of_the_server(host, caller, monkeypatch):
+    if host.app.store.database.is_sqlite:
+        pytest.skip("SQLite has one host, and its clock")
+    monkeypatch.setattr(outbox, "now", lambda: now() + timedelta(hours=1))
+
+    job = outbox.enqueue(caller.connection, host.task.add, 1, 2)
+    caller.connection.commit()
+
+    assert abs(host.row(job)["created_at"] - now()) < timedelta(minutes=1)
+    assert dispatched(host) == 1
 
 
 def test_a_rollback_leaves_no_job(host, caller):
