@@ -22,6 +22,7 @@ from tasks.errors import SettingsError
 from tasks.settings import Settings
 from tasks.sinks import topics, trouble
 from tasks.sinks.client import KEEPALIVE_S, new_client
+from tasks.sinks.closings import Cause, Closings
 from tasks.sinks.limit import Limit
 
 logger = logging.getLogger(__name__)
@@ -29,18 +30,8 @@ logger = logging.getLogger(__name__)
 WINDOW: Final = 200
 WAIT_FOR_RECONNECT_S: Final = (1, 5)
 CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
-KEEP_ALIVE_TIMEOUT: Final = 0x8D
-SESSION_TAKEN_OVER: Final = 0x8E
-# The broker says the first. Mosquitto answers a publication with it as well, which paho does not understand: it closes.
-TOO_LARGE: Final = (0x95, 0x82)
-# Some brokers (Mosquitto 2.0.11) don't say that they gave a client's name to another one: they close its connection,
-# and take the next one at once. So many times in a row, each within so short a time, are no restarts.
-THROWN_OFF_AFTER: Final = 3
-SHORT_S: Final = 3.0
-AT_ONCE_S: Final = 0.5
 # Two clients of one name would throw each other off once a second: who was thrown off waits, the second time longer.
 WAIT_WHEN_THROWN_OFF_S: Final = (5, 60)
-THROWN_OFF_FORGOTTEN_AFTER_S: Final = 600.0
 
 Shown = tuple[tuple[str, ...], int, bool]
 
@@ -60,11 +51,10 @@ class MqttSink:
         self._client: Client | None = None
         self._is_open = self._is_away = self._is_refused = False
         self._connections = 0
-        self._opened_at = self._thrown_off_at = -math.inf
-        self._closed_in_a_row, self._lived_s = 0, 0.0
+        self._closings: Final = Closings()
         self._window = WINDOW
         self._limit: Final = Limit(settings)
-        self._has_confirmed = self._is_over_limit = False
+        self._is_over_limit = False
         self._told: Final = Awaited()
         self._showing: Final = Awaited()
         self._last_told = 0
@@ -168,7 +158,7 @@ class MqttSink:
             logger.info("the MQTT broker %s is back", trouble.address(self._settings))
         self._is_away = False
         client.reconnect_delay_set(*WAIT_FOR_RECONNECT_S)
-        self._opened_at = time.monotonic()
+        self._closings.opened()
         self._window = max(min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW) - 1), 1)
         self._connections += 1
         self._limit.announce(getattr(properties, "MaximumPacketSize", None))
@@ -178,7 +168,6 @@ class MqttSink:
 
     def _tell_again(self, client: Client, unconfirmed: Sequence[MQTTMessage]) -> None:
         """What the last connection left unconfirmed. paho would repeat it as it is, and lose this one over it, too."""
-        self._has_confirmed = False
         events = [message.payload.decode() for message in unconfirmed if message.topic == self._settings.mqtt_topic]
         if self._is_over_limit:
             events = self._limit.guess(events)
@@ -190,24 +179,25 @@ class MqttSink:
             self._showing.confirm(message.mid)  # the present one follows
 
     def _on_connect_fail(self, _client: Client, _data: Any) -> None:
-        self._closed_in_a_row = 0
+        self._closings.missed()
         exc = sys.exc_info()[1]  # paho calls while it handles the error
         self._warn(trouble.unreachable(self._settings, exc if isinstance(exc, Exception) else OSError()))
 
     def _on_disconnect(self, client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         was_open, self._is_open = self._is_open, False
-        self._lived_s = time.monotonic() - self._opened_at
-        self._closed_in_a_row = 1 + (self._closed_in_a_row if self._lived_s < SHORT_S else 0)
         self._ended.set()
         if not code.is_failure:
             return
         if not was_open:
+            self._closings.missed()
             self._warn(trouble.no_answer(self._settings))
-        elif code.value == KEEP_ALIVE_TIMEOUT:
+            return
+        cause = self._closings.closed(code.value, has_unconfirmed=self._told.has_any())
+        if cause is Cause.SILENCE:
             self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
-        elif self._has_gone_over_limit(code.value):
-            self._is_over_limit, self._closed_in_a_row = True, 0
-        elif self._is_thrown_off(code.value):
+        elif cause is Cause.TOO_LARGE:
+            self._is_over_limit = True
+        elif cause is Cause.NAMESAKE:
             self._yield_to_namesake(client)
         else:
             logger.info("%s; it is opened again", trouble.lost(self._settings, code))  # what prevents that is a warning
@@ -221,7 +211,7 @@ class MqttSink:
                 code,
                 self._settings.mqtt_username or "anyone",
             )
-        self._has_confirmed = True
+        self._closings.confirmed()
         self._told.confirm(mid)
         self._showing.confirm(mid)
         if mid == self._last_told:
@@ -237,30 +227,10 @@ class MqttSink:
             self._is_away = True
             logger.warning("%s; jobs run on, their events are told later", what)
 
-    def _has_gone_over_limit(self, code: int) -> bool:
-        """Whether the broker has closed the connection because of a message that is too long, with a word or without.
-
-        Such a one is told again as soon as the next one is open, and closes it at once; a namesake takes a while.
-        """
-        if code in TOO_LARGE:
-            return True
-        is_at_once = self._lived_s < (AT_ONCE_S if self._has_confirmed else SHORT_S)
-        return code != SESSION_TAKEN_OVER and self._closed_in_a_row > 1 and is_at_once and self._told.has_any()
-
-    def _is_thrown_off(self, code: int) -> bool:
-        """Whether a connection that the broker has closed tells of another client of this name."""
-        if code == SESSION_TAKEN_OVER:
-            return True
-        is_in_a_row = self._closed_in_a_row >= THROWN_OFF_AFTER or self._was_thrown_off_lately()
-        return self._lived_s < SHORT_S and is_in_a_row
-
-    def _was_thrown_off_lately(self) -> bool:
-        return time.monotonic() - self._thrown_off_at < THROWN_OFF_FORGOTTEN_AFTER_S
-
     def _yield_to_namesake(self, client: Client) -> None:
         """Another client has this one's name, here or in another deployment: no outage, and said once."""
-        is_again = self._was_thrown_off_lately()
-        self._thrown_off_at = time.monotonic()
+        is_again = self._closings.was_thrown_off_lately
+        self._closings.thrown_off()
         wait_s = WAIT_WHEN_THROWN_OFF_S[is_again]
         client.reconnect_delay_set(wait_s, wait_s)
         if not is_again:

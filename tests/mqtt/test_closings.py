@@ -1,0 +1,91 @@
+"""What the end of a connection tells, by its reason code and by how the ones before it ended."""
+
+import pytest
+
+from tasks.sinks import closings
+from tasks.sinks.closings import KEEP_ALIVE_TIMEOUT, SESSION_TAKEN_OVER, Cause, Closings
+
+UNSPECIFIED = 0x80
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        at_s = 1000.0
+
+        def monotonic(self):
+            return self.at_s
+
+    clock = Clock()
+    monkeypatch.setattr(closings, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def close(clock):
+    """A function that opens a connection, lets it live, and closes it."""
+    history = Closings()
+
+    def close(*, lived_s, code=UNSPECIFIED, has_confirmed=False, has_unconfirmed=False):
+        history.opened()
+        if has_confirmed:
+            history.confirmed()
+        clock.at_s += lived_s
+        cause = history.closed(code, has_unconfirmed=has_unconfirmed)
+        if cause is Cause.NAMESAKE:
+            history.thrown_off()
+        return cause
+
+    close.history = history
+    return close
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        (SESSION_TAKEN_OVER, Cause.NAMESAKE),
+        (KEEP_ALIVE_TIMEOUT, Cause.SILENCE),
+        (0x95, Cause.TOO_LARGE),
+        (0x82, Cause.TOO_LARGE),
+        (UNSPECIFIED, Cause.OUTAGE),
+    ],
+)
+def test_a_broker_that_says_why_is_believed(close, code, cause):
+    assert close(lived_s=60, code=code, has_unconfirmed=True) is cause
+
+
+def test_restarts_are_outages_however_many_if_each_connection_lives_for_a_while(close):
+    assert {close(lived_s=4) for _ in range(5)} == {Cause.OUTAGE}
+
+
+def test_the_third_short_connection_in_a_row_is_a_namesakes(close):
+    assert [close(lived_s=1) for _ in range(3)] == [Cause.OUTAGE, Cause.OUTAGE, Cause.NAMESAKE]
+
+
+def test_a_broker_that_could_not_be_reached_meanwhile_was_restarted(close):
+    for _ in range(3):
+        assert close(lived_s=1) is Cause.OUTAGE
+        close.history.missed()
+
+
+def test_a_namesake_is_known_again_at_once_for_ten_minutes(close, clock):
+    close(lived_s=60, code=SESSION_TAKEN_OVER)
+
+    assert close(lived_s=1) is Cause.NAMESAKE
+    clock.at_s += 601
+    close.history.missed()
+    assert close(lived_s=1) is Cause.OUTAGE
+
+
+def test_what_closes_two_connections_in_a_row_before_it_is_confirmed_is_too_large(close):
+    causes = [close(lived_s=2, has_unconfirmed=True) for _ in range(2)]
+
+    assert causes == [Cause.OUTAGE, Cause.TOO_LARGE]
+
+
+def test_a_connection_on_which_others_were_confirmed_has_to_be_closed_at_once_for_that(close):
+    kept = {"has_confirmed": True, "has_unconfirmed": True}
+
+    assert [close(lived_s=2, **kept), close(lived_s=1, **kept)] == [Cause.OUTAGE, Cause.OUTAGE]
+    close.history.missed()
+    assert [close(lived_s=0.4, **kept), close(lived_s=0.4, **kept)] == [Cause.OUTAGE, Cause.TOO_LARGE]
