@@ -293,8 +293,8 @@ class MosquittoServer:
     def retained(self) -> list[str]:
         """The topics under the prefix that have a retained message.
 
-        An own message, published after the subscription, marks their end. A broker keeps only so many messages for a
-        subscriber that is slower than itself (Mosquitto: 1000 packets), and drops the rest: ask again for those.
+        An own message, published after the subscription, marks their end. All come at QoS 0: of a higher one a broker
+        keeps only so many messages for a subscriber (Mosquitto: 1000), and drops the rest.
         """
         end = f"{self.topic_prefix}/end-of-retained"
         topics: list[str] = []
