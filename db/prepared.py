@@ -2,7 +2,7 @@
 
 What runs for every job reaches SQLite through here: among image jobs, which leave no cache warm, SQLAlchemy's own way
 from a statement to the driver takes longer than SQLite does (1.6 ms of processor time for a job's claim, fencing check
-and completion, and 0.9 ms through here; `benchmarks resize` shows what comes of it).
+and completion, and 1.0 ms through here; `benchmarks resize` shows what comes of it).
 """
 
 import sqlite3
