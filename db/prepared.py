@@ -27,7 +27,7 @@ class DriverStatement:
                 _REQUIRED if bind.required else bind.effective_value,
                 bind.type.dialect_impl(dialect).bind_processor(dialect),
             )
-            for name, bind in compiled.binds.items()
+            for bind, name in compiled.bind_names.items()
         )
 
     def parameters(self, bound: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,8 @@ class Prepared:
         """The first row that it returns; None without one.
 
         Raises:
-            sqlalchemy.exc.DBAPIError: As SQLAlchemy's `execute`.
+            sqlalchemy.exc.DBAPIError: What the driver says, as SQLAlchemy's `execute` has it.
+            KeyError, TypeError: On SQLite, of a value that is missing, or is none for its column.
         """
         dialect = connection.dialect
         if dialect.name != "sqlite":

@@ -26,6 +26,7 @@ BUSY_TIMEOUT_MS: Final = 5000
 # A wait for another process's write is cut into slices, between which a thread that forks or reads gets the lock.
 _SLICE_MS: Final = 20
 _YIELD_S: Final = 0.001
+_UNKNOWN: Final = -1
 # A claim writes 10 pages, and who fills the log writes it back in 4 ms: not one call in a hundred (SQLite's 1000) but
 # one in four hundred.
 _CHECKPOINT_PAGES: Final = 4000
@@ -64,6 +65,7 @@ class SqliteFile:
         event.listen(self._engine, "connect", self._on_connect)
         self._connection: Connection | None = None
         self._waits_ms = BUSY_TIMEOUT_MS
+        self._is_wal = True  # some file systems can't
         self._identity = (0, 0)
 
     @contextmanager
@@ -75,7 +77,7 @@ class SqliteFile:
             yield connection
 
     @contextmanager
-    def transaction(self, _outer: Connection | None = None) -> Iterator[Connection]:
+    def transaction(self, outer: Connection | None = None) -> Iterator[Connection]:
         """A transaction that holds the file's write lock; waits for it up to BUSY_TIMEOUT_MS."""
         deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
         while True:
@@ -85,12 +87,17 @@ class SqliteFile:
                 try:
                     self._wait_at_most(_SLICE_MS)
                     if _begin(handle, is_last_try=time.monotonic() > deadline):
+                        if not self._is_wal:  # there a commit waits for those who read
+                            self._wait_at_most(BUSY_TIMEOUT_MS)
                         yield connection
                         handle.commit()
                         return
                 except BaseException:  # Celery's time limits raise anywhere
                     handle.rollback()
                     raise
+                finally:
+                    if outer is not None:
+                        self._wait_at_most(BUSY_TIMEOUT_MS)
             time.sleep(_YIELD_S)
 
     @property
@@ -119,15 +126,16 @@ class SqliteFile:
     def _opened(self) -> Connection:
         if self._connection is None:
             _prepare_directory(self.path)
+            self._waits_ms = BUSY_TIMEOUT_MS
             self._connection = self._engine.connect()
             self._identity = _identity(self.path)
-            self._waits_ms = BUSY_TIMEOUT_MS
         return self._connection
 
     def _wait_at_most(self, limit_ms: int) -> None:
         """For another process's lock, from now on."""
         if self._connection is not None and self._waits_ms != limit_ms:
             handle: Any = self._connection.connection.dbapi_connection
+            self._waits_ms = _UNKNOWN  # a time limit may strike between the two
             handle.execute(f"PRAGMA busy_timeout={limit_ms}").close()
             self._waits_ms = limit_ms
 
@@ -145,6 +153,7 @@ class SqliteFile:
             f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
         ):
             _set(handle, pragma, deadline)
+        self._is_wal = handle.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def _is_empty(handle: sqlite3.Connection) -> bool:

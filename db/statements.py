@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Connection,
     Integer,
@@ -196,8 +197,15 @@ _ENQUEUED: Final = (
 
 
 def enqueue(dialect: Any) -> Change:
-    """A new row, unless its job_id is there already; in the words of `dialect`, which is SQLAlchemy's module."""
-    values = {name: bindparam(f"b_{name}", type_=_job[name].type) for name in _ENQUEUED}
+    """A new row, unless its job_id is there already; in the words of `dialect`, which is SQLAlchemy's module.
+
+    With `b_is_resting` and no `b_run_after_utc` it is due at once, by the clock of a PostgreSQL server: those of the
+    hosts that submit may differ.
+    """
+    values: dict[str, Any] = {name: bindparam(f"b_{name}", type_=_job[name].type) for name in _ENQUEUED}
+    if dialect.__name__.endswith("postgresql"):
+        at_once = case((bindparam("b_is_resting", type_=Boolean), func.clock_timestamp()), else_=null())
+        values["run_after_utc"] = func.coalesce(values["run_after_utc"], at_once)
     times = dict.fromkeys(("created_at", "updated_at"), bindparam("b_now", type_=UTCDateTime))
     statement = dialect.insert(task_queue).values(**values, **times, status=Status.QUEUED)
     statement = statement.on_conflict_do_nothing(index_elements=["job_id"]).returning(*RETURNED)

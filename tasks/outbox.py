@@ -8,7 +8,6 @@ effect. No transaction is begun, committed or ended here.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +26,7 @@ from tasks.enqueue import new_job
 from tasks.errors import InvalidArguments
 
 _HAS_TABLES: Final = "SELECT to_regclass('duties') IS NOT NULL AND to_regclass('task_queue') IS NOT NULL"
-_IDENTITY: Final = "SELECT holder, extract(epoch FROM clock_timestamp()) FROM duties WHERE name = 'identity'"
+_IDENTITY: Final = "SELECT holder FROM duties WHERE name = 'identity'"
 # Parameters by name, as both PEP 249 drivers and our statements have them.
 _DIALECTS: Final[Mapping[str, Any]] = {
     "sqlite3": lambda: sqlite.dialect(paramstyle="named"),
@@ -86,20 +85,20 @@ class _Cursor(ABC):
 
     def write(self, store: Any, job: NewJob) -> None:
         """Insert the row, which rests until it is due, and its log row."""
-        at = self._require(store)
+        self._require(store)
+        at = now()
         values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
-        values |= {"b_publication": 1, "b_published_at": None, "b_run_after_utc": job.run_after_utc or at, "b_now": at}
+        values |= {"b_publication": 1, "b_published_at": None, "b_now": at}
+        values |= {"b_run_after_utc": job.run_after_utc or at} if self.is_sqlite else {"b_is_resting": True}
         for name in ("b_parameters", "b_message"):  # whatever JSON the connection is set up for takes plain values
             values[name] = json.loads(dumps(values[name]))
         insert = statements.enqueue(sqlite if self.is_sqlite else postgresql).statement
         if self.execute(insert, values):  # else its id is there already: the row stays as it is
             self.execute(LOG.statement, log_row(job.job_id, 1, "created", None, at, None, None))
 
-    def _require(self, store: Any) -> datetime:
-        """Refuse a connection to another database: nobody would look for the job there. What time it is, by the clock
-        that says when the job is due.
-        """
-        database, at = store.database, now()
+    def _require(self, store: Any) -> None:
+        """Refuse a connection to another database: nobody would look for the job there."""
+        database = store.database
         if self.is_sqlite:  # asked of the caller's connection alone: it may hold the write lock already
             # The statement, not the table of that name: to read one takes a snapshot, from which no write can follow
             # once somebody else has written. The first row is the main file's.
@@ -107,16 +106,12 @@ class _Cursor(ABC):
             is_same = bool(path) and database.path is not None and Path(path).resolve() == database.path.resolve()
         else:
             identity = None if database.is_sqlite else store.identity()  # made by the first call, so before the look
-            is_same = identity is not None and self.first(_HAS_TABLES)[0]
-            if is_same:
-                known, epoch_s = self.first(_IDENTITY) or (None, at.timestamp())
-                is_same, at = known == identity, datetime.fromtimestamp(float(epoch_s), UTC)
+            is_same = identity is not None and self.first(_HAS_TABLES)[0] and self.first(_IDENTITY) == (identity,)
         if not is_same:
             raise InvalidArguments(
                 f"the connection is not of the job database {database}; submit with .delay() after your commit "
                 "(Django: transaction.on_commit), or put the job tables into your database by DATABASE_URL"
             )
-        return at
 
 
 class _SqlAlchemy(_Cursor):

@@ -92,8 +92,11 @@ class Part:
         values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
         bound = values | {"b_publication": publication, "b_worker": worker_id, "b_now": at}
         bound["b_published_at"] = at if was_sent else None
+        bound["b_is_resting"] = is_resting
         if is_resting:
-            bound |= {"b_published_at": None, "b_run_after_utc": job.run_after_utc or at}
+            bound["b_published_at"] = None
+            if self.database.is_sqlite:
+                bound["b_run_after_utc"] = job.run_after_utc or at
         return self._enqueue.execute(connection, bound) is not None
 
 

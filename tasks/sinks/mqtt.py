@@ -185,15 +185,13 @@ class MqttSink:
 
     def _on_disconnect(self, client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         was_open, self._is_open = self._is_open, False
+        cause = self._closings.closed(code.value, has_unconfirmed=self._told.has_any()) if was_open else None
         self._ended.set()
         if not code.is_failure:
             return
-        if not was_open:
-            self._closings.missed()
+        if cause is None:
             self._warn(trouble.no_answer(self._settings))
-            return
-        cause = self._closings.closed(code.value, has_unconfirmed=self._told.has_any())
-        if cause is Cause.SILENCE:
+        elif cause is Cause.SILENCE:
             self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
         elif cause is Cause.TOO_LARGE:
             self._is_over_limit = True

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -47,13 +47,16 @@ def store(database):
 
 
 @contextmanager
-def locked(path, seconds):
-    """Another process holds the write lock for so long, from the beginning of the block on."""
+def locked(path, seconds, *statements):
+    """Another process holds the write lock for so long, or what it gets by `statements`, from the block's begin on."""
+    statements = list(statements or ["BEGIN IMMEDIATE"])
     code = (
         "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None);"
-        "c.execute('BEGIN IMMEDIATE'); print('held', flush=True); time.sleep(float(sys.argv[2])); c.execute('COMMIT')"
+        "[c.execute(statement).fetchall() for statement in sys.argv[3:]];"
+        "print('held', flush=True); time.sleep(float(sys.argv[2])); c.execute('COMMIT')"
     )
-    with subprocess.Popen(["python3", "-c", code, str(path), str(seconds)], stdout=subprocess.PIPE) as holder:
+    command = ["python3", "-c", code, str(path), str(seconds), *statements]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         try:
             yield
@@ -165,9 +168,21 @@ class TestTransactions:
             with database.transaction() as connection:
                 connection.exec_driver_sql("INSERT INTO task_groups (group_id, created_at) VALUES ('a', '2026-01-01')")
             assert reader.exec_driver_sql("SELECT count(*) FROM task_groups").scalar() == 1
+            assert reader.exec_driver_sql("PRAGMA busy_timeout").scalar() == sqlite.BUSY_TIMEOUT_MS
 
 
 class TestWaiting:
+    def test_on_a_file_system_without_wal_a_commit_waits_for_those_who_read(
+        self, store, database, sqlite_path, monkeypatch
+    ):
+        store.counts()
+        database.close()
+        with closing(sqlite3.connect(sqlite_path)) as plain:
+            plain.execute("PRAGMA journal_mode=DELETE")
+        monkeypatch.setattr(sqlite, "_set", lambda *_: None)  # which would make it WAL again
+        with locked(sqlite_path, 1.0, "BEGIN", "SELECT * FROM task_queue"):
+            assert store.enqueue(new_job())
+
     def test_a_short_lock_of_another_process_is_waited_for(self, store, sqlite_path):
         with locked(sqlite_path, 1.0):
             began = time.monotonic()
