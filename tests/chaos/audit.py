@@ -75,10 +75,9 @@ class Audit:
             self.events += told.events
             self.claims += [attempt.claimed_at for attempt in told.attempts]
             self._read(job, row, told)
-            if job.is_abandoned:
-                self._outputs(job, is_there=row["status"] == "completed")
-                continue
-            self._judge(job, row, told, results)
+            if not job.is_abandoned:
+                self._judge(job, row, told, results)
+            self._outputs(job, must_be_there=row["status"] == "completed")
         known = {job.job_id for job in jobs}
         for row in store.jobs(limit=10 * len(jobs) + 1000):
             if row["job_id"] not in known:
@@ -86,7 +85,7 @@ class Audit:
 
     def files(self, roots: Iterable[Path], jobs: Sequence[Job]) -> None:
         """Nothing may lie about but the outputs of jobs."""
-        known = {path for job in jobs for path in self._files_of(job)}
+        known = {path for job in jobs for path in (*self._outputs_of(job), job.notes)}
         for root in roots:
             for path in root.rglob("*"):
                 if path.is_file() and path not in known:
@@ -194,7 +193,6 @@ class Audit:
                 self._find("lost", f"it {status}: {row['error_type']}: {row['error_message']}", job)
         elif status == "completed":
             self._completed(job, row, told, results)
-        self._outputs(job, is_there=status == "completed")
 
     def _is_excused(self, row: Any, told: Chronicle) -> bool:
         if row["error_type"] == "WorkerLost":
@@ -223,19 +221,22 @@ class Audit:
             if waited_s < job.options["countdown"] - 0.1:
                 self._find("wrong", f"it ran {waited_s:.2f} s after its creation, before its time", job)
 
-    def _outputs(self, job: Job, *, is_there: bool) -> None:
-        for path, content in self._files_of(job).items():
-            if is_there and not path.exists():
-                self._find("lost", f"it is completed, and {path} is not there", job)
-            elif is_there and content is not None and path.read_bytes() != content:
+    def _outputs(self, job: Job, *, must_be_there: bool) -> None:
+        """An output is whole wherever there is one: an attempt that died may have written it before."""
+        for path, content in self._outputs_of(job).items():
+            if not path.exists():
+                if must_be_there:
+                    self._find("lost", f"it is completed, and {path} is not there", job)
+            elif content is None:
+                self._find("wrong", f"{path} was made of a broken input", job)
+            elif path.read_bytes() != content:
                 self._find("wrong", f"{path} differs from what the same function makes here", job)
-            elif not is_there and job.recipe is None and job.output is not None and path.exists():
-                self._find("wrong", f"it failed, and {path} is there", job)
 
-    def _files_of(self, job: Job) -> dict[Path, bytes | None]:
+    def _outputs_of(self, job: Job) -> dict[Path, bytes | None]:
+        """The bytes of each; None where there must be no output."""
         if job.recipe is not None:
             return dict(self.material.yield_of(job.recipe, self.app).files_at(job.output))
-        return {path: None for path in (job.notes, job.output) if path is not None}
+        return {job.output: None} if job.output is not None else {}
 
     @cached_property
     def _logs(self) -> dict[str, list[Any]]:

@@ -332,7 +332,7 @@ def test_an_output_of_a_job_that_failed_is_wrong(storm):
     output = storm.jobs["broken"].output
     output.write_bytes(b"half")
 
-    assert_found(storm.audited(), ("wrong", f"it failed, and {output} is there"), name="broken", storm=storm)
+    assert_found(storm.audited(), ("wrong", f"{output} was made of a broken input"), name="broken", storm=storm)
 
 
 def test_a_temp_file_is_found_wherever_it_was_left(storm):
@@ -344,6 +344,7 @@ def test_a_temp_file_is_found_wherever_it_was_left(storm):
 
 # What blows explain
 
+DIFFERS = "{} differs from what the same function makes here"
 LOST_ONCE = "created claimed started lost claimed started completed"
 LOST_THRICE = "created claimed started lost claimed started lost claimed started lost failed"
 
@@ -397,6 +398,27 @@ def test_a_disk_that_was_full_at_each_attempt_excuses_a_failure(storm, until_s, 
 
     assert [verdict for verdict, _ in findings(audit)] == expected
     assert len(audit.excused) == (0 if expected else 1)
+
+
+@pytest.mark.parametrize("content", [b"half", None], ids=["half", "whole"])
+@pytest.mark.parametrize(
+    ("events", "error", "kind", "worker"),
+    [
+        ("created claimed started retry claimed started failed", "DiskFull", "disk full", ""),
+        (LOST_THRICE, "WorkerLost", "main killed", "w1"),
+    ],
+    ids=["disk", "deaths"],
+)
+def test_an_output_of_a_failure_that_is_excused_is_whole_or_wrong(storm, content, events, error, kind, worker):
+    storm.retell("image", events, error_type=error)
+    output = storm.jobs["image"].output
+    if content is not None:
+        output.write_bytes(content)
+
+    audit = storm.audited(Blow(kind, storm.at("image", 0), worker, until=storm.at("image", 20)))
+
+    assert findings(audit) == ([("wrong", DIFFERS.format(output))] if content is not None else [])
+    assert len(audit.excused) == 1
 
 
 # What is left in a broker
