@@ -234,6 +234,7 @@ def test_a_storm_that_did_no_harm_has_no_finding(storm):
 
 
 ONCE = "created claimed started completed"
+RETRIED = "created claimed started retry claimed started completed"
 WITHOUT_END = ("wrong", "its log has 0 terminal events")
 
 
@@ -267,7 +268,9 @@ WITHOUT_END = ("wrong", "its log has 0 terminal events")
         ),
         ("image", ONCE, {"result_data": {"width": 1}}, [("wrong", "its result is {'width': 1}; it should be {")]),
         ("broken", ONCE, {}, [("wrong", "where InputMissing was planted"), ("lost", "it is completed, and ")]),
-        ("retry", ONCE, {}, [("wrong", "it must have run at least twice; its result is 2")]),
+        ("retry", ONCE, {}, [("duplicated", "attempts that started: 1; its body ran 2 times")]),
+        ("retry", RETRIED, {"result_data": 1}, [("wrong", "its result is 1; it ran 2 times, and 0 attempts died")]),
+        ("retry", RETRIED, {"result_data": 3}, [("wrong", "its result is 3; it ran 2 times, and 0 attempts died")]),
         ("body", ONCE, {"result_data": [1]}, [("wrong", "the body of the chord was given [1]")]),
         ("later", ONCE, {"created_at": datetime.max.replace(tzinfo=UTC)}, [("wrong", "before its time")]),
         (
@@ -335,6 +338,45 @@ def test_an_output_of_a_job_that_failed_is_wrong(storm):
     assert_found(storm.audited(), ("wrong", f"{output} was made of a broken input"), name="broken", storm=storm)
 
 
+@pytest.mark.parametrize("name", ["retry", "killer", "body"])
+def test_a_body_that_ran_once_more_than_its_attempts_is_a_double(storm, name):
+    with storm.jobs[name].notes.open("a") as notes:
+        notes.write("run\n")
+
+    expected = [("duplicated", f"its body ran {3 if name == 'retry' else 2} times")]
+    assert_found(storm.audited(), *expected, name=name, storm=storm)
+
+
+@pytest.mark.parametrize("name", ["killer", "body"])
+def test_a_body_that_did_not_run_in_an_attempt_that_nothing_killed_is_lost(storm, name):
+    storm.jobs[name].notes.unlink()
+
+    expected = [("lost", "attempts that nothing killed: 1; its body ran 0 times")]
+    assert_found(storm.audited(), *expected, name=name, storm=storm)
+
+
+def test_a_job_is_retried_only_if_its_body_ran(storm):
+    storm.jobs["retry"].notes.write_text("run\n")
+
+    expected = [
+        ("lost", "attempts that nothing killed: 2; its body ran 1 times"),
+        ("wrong", "its result is 2; it ran 1"),
+    ]
+    assert_found(storm.audited(), *expected, name="retry", storm=storm)
+
+
+@pytest.mark.parametrize("has_row", [True, False])
+def test_the_body_of_an_abandoned_chord_may_not_run_twice_either(storm, monkeypatch, has_row):
+    monkeypatch.setattr(storm.jobs["body"], "is_abandoned", True)
+    if has_row:
+        storm.jobs["body"].notes.write_text("body\nbody\n")
+    else:
+        storm.execute(delete(task_queue).where(task_queue.c.job_id == storm.id("body")))
+
+    expected = [("duplicated", "attempts that started: 1; its" if has_row else "attempts that started: 0; its")]
+    assert_found(storm.audited(), *expected, name="body", storm=storm)
+
+
 def test_a_temp_file_is_found_wherever_it_was_left(storm):
     left = storm.roots[0] / ".media-tasks-0.1-i.webp"
     left.write_bytes(b"half")
@@ -398,6 +440,47 @@ def test_a_disk_that_was_full_at_each_attempt_excuses_a_failure(storm, until_s, 
 
     assert [verdict for verdict, _ in findings(audit)] == expected
     assert len(audit.excused) == (0 if expected else 1)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("killer", 0), ("killer", 1), ("body", 1), ("body", 2)])
+def test_an_attempt_that_a_blow_killed_may_have_begun_its_body_or_not(storm, name, runs):
+    storm.retell(name, LOST_ONCE if name == "body" else "created claimed started lost failed")
+    storm.jobs[name].notes.write_text("run\n" * runs)
+
+    audit = storm.audited(Blow("child killed", storm.at(name, 3.5), "w1"))
+
+    assert findings(audit) == []
+
+
+def test_a_body_that_ran_thrice_in_two_attempts_is_a_double_whatever_was_killed(storm):
+    storm.retell("body", LOST_ONCE)
+    storm.jobs["body"].notes.write_text("body\n" * 3)
+
+    audit = storm.audited(Blow("child killed", storm.at("body", 3.5), "w1"))
+
+    assert_found(audit, ("duplicated", "attempts that started: 2; its body ran 3 times"), name="body", storm=storm)
+
+
+@pytest.mark.parametrize(
+    ("runs", "result", "is_right"), [(2, 2, True), (3, 3, True), (3, 2, True), (2, 3, False), (3, 4, False)]
+)
+def test_a_job_to_be_retried_may_have_run_once_more_for_each_death(storm, runs, result, is_right):
+    storm.retell("retry", RETRIED.replace("claimed", "claimed started lost claimed", 1), result_data=result)
+    storm.jobs["retry"].notes.write_text("run\n" * runs)
+
+    audit = storm.audited(Blow("child killed", storm.at("retry", 3.5), "w1"))
+
+    assert [text for _, text in findings(audit)] == (
+        [] if is_right else [f"its result is {result}; it ran {runs} times, and 1 attempts died"]
+    )
+
+
+def test_a_job_to_be_retried_that_ran_once_more_without_a_death_is_wrong(storm):
+    storm.retell("retry", RETRIED.replace("completed", "retry claimed started completed"), result_data=3)
+    storm.jobs["retry"].notes.write_text("run\n" * 3)
+
+    expected = [("wrong", "its result is 3; it ran 3 times, and 0 attempts died")]
+    assert_found(storm.audited(), *expected, name="retry", storm=storm)
 
 
 @pytest.mark.parametrize("content", [b"half", None], ids=["half", "whole"])
