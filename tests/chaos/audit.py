@@ -19,7 +19,7 @@ from tasks.sinks.topics import EVENT_TYPES
 from tests.acceptance.deployment import lines
 from tests.chaos import chronicle
 from tests.chaos.chronicle import Attempt, Chronicle
-from tests.chaos.crew import DEADLY, Blow
+from tests.chaos.crew import DEADLY, KILLED, Blow
 from tests.chaos.material import Material
 from tests.chaos.subscriber import Subscriber
 from tests.chaos.workload import Job
@@ -140,6 +140,12 @@ class Audit:
     def messages(self, remains: dict[str, int]) -> None:
         for queue, number in remains.items():
             self._find("wrong", f"the broker still has {number} messages in {queue}")
+
+    def kills(self, planned: int) -> None:
+        """A storm that killed less than it was to kill proves less."""
+        dealt = sum(blow.kind in KILLED for blow in self.blows)
+        if dealt < planned:
+            self.complain(f"{planned} kill -9 were planned, {dealt} were dealt")
 
     def complain(self, text: str) -> None:
         self._find("wrong", text)

@@ -23,8 +23,10 @@ LOOK_EVERY_S = 0.2
 STOPS_WITHIN_S = 30.0
 # What Celery says of a start during which a child was killed.
 NO_CHILDREN = "Could not start worker processes"
+# What a kill -9 is called once it was dealt.
+KILLED = ("child killed", "worker killed", "main killed")
 # Kinds of blows after which attempts may count as dead.
-DEADLY = frozenset({"child killed", "worker killed", "main killed", "worker stopped for a minute", "exit"})
+DEADLY = frozenset({*KILLED, "worker stopped for a minute", "exit"})
 
 
 @dataclass

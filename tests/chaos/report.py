@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.chaos.crew import KILLED
+
 if TYPE_CHECKING:
     from tests.chaos.scenario import Outcome
 
 VERDICTS = ("lost", "duplicated", "stuck", "wrong")
-KILLS = ("child killed", "worker killed", "main killed")
 LOG_TAIL_LINES = 400
 CLOCK = "%H:%M:%S.%f"
 
@@ -35,7 +36,7 @@ def table_of(outcomes: Sequence["Outcome"]) -> Table:
         table.add_column(name, justify="left" if name == "combination" else "right")
     for outcome in outcomes:
         kinds = Counter(blow.kind for blow in outcome.blows)
-        kills = [kinds.pop(kind, 0) for kind in KILLS]
+        kills = [kinds.pop(kind, 0) for kind in KILLED]
         recoveries = [recovery.seconds for recovery in outcome.audit.recoveries]
         table.add_row(
             outcome.combination,

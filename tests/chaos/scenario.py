@@ -140,6 +140,7 @@ class Scenario:
             self._note(f"{heard}; {audit.outages_of_mqtt()}")
         roots = [self._directory / "out", self._directory / "notes", *([disk.path] if disk else [])]
         audit.files(roots, producer.jobs)
+        audit.kills(self._size.kills)
         for error in havoc.errors:
             audit.complain(f"havoc itself failed: {error}")
         for crash in crew.crashes:

@@ -96,6 +96,17 @@ def test_no_claim_in_a_long_outage_of_mqtt_is_a_finding(away_s, claimed_after_s,
     assert f"within the {away_s} s" in said
 
 
+@pytest.mark.parametrize(("dealt", "is_fault"), [(3, False), (2, True), (4, False)])
+def test_a_storm_that_killed_less_than_planned_is_a_finding(dealt, is_fault):
+    audit = audit_of()
+    kinds = ["child killed", "worker killed", "main killed", "child killed"][:dealt]
+    audit.blows = [Blow(kind, BEGIN) for kind in (*kinds, "child stopped", "disk full")]
+
+    audit.kills(3)
+
+    assert findings(audit) == ([("wrong", "3 kill -9 were planned, 2 were dealt")] if is_fault else [])
+
+
 # What became of jobs
 
 
