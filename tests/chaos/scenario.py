@@ -31,6 +31,8 @@ DRAINED_WITHIN_S = 45.0
 # Work comes at about half of what two cores can do, so that most blows hit somebody at work and nothing piles up.
 SECONDS_PER_JOB, SECONDS_PER_KILL = 0.22, 4.0
 SETTINGS = {"SHUTDOWN_GRACE_S": 4}
+# How notes begin that say what a storm goes without.
+NO_MQTT, NO_FULL_DISK = "no MQTT broker is told", "no disk gets full"
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Scenario:
         try:
             return servers.Mosquitto()
         except servers.services.ServiceMissing as exc:
-            self._note(f"no MQTT broker is told: {exc}")
+            self._note(f"{NO_MQTT}: {exc}")
             return None
 
     def _subscriber(
@@ -200,7 +202,7 @@ class Scenario:
         stack.callback(disk.unmount)
         disk.mount()
         if disk.why_not:
-            self._note(f"no disk gets full: {disk.why_not}")
+            self._note(f"{NO_FULL_DISK}: {disk.why_not}")
             return None
         return disk
 
