@@ -22,6 +22,8 @@ AT_ONCE = 12
 LOOK_AGAIN_S = 0.05
 # A blow waits for so long for somebody who is at work.
 FOR_WORK_S = 2.0
+# And so long for anybody who is alive: then something has ended them all.
+FOR_ANYBODY_S = 90.0
 # A full disk lasts for less than the retries of a job take together.
 LONGEST_FULL_S = 2.0
 LONG_S = 66.0
@@ -139,10 +141,14 @@ class Havoc:
         """
         chance = random.Random(planned.seed)  # noqa: S311 (no secret)
         deal, is_stop = self._on_workers[planned.kind], planned.kind.startswith("stop ")
-        patience = time.monotonic() + FOR_WORK_S
+        began = time.monotonic()
         while not self._over.is_set():
+            waited_s = time.monotonic() - began
             post = self._crew.victim(chance)
-            if post is not None and (self._crew.is_busy(post) or time.monotonic() > patience):
+            if waited_s > FOR_ANYBODY_S:
+                self.errors.append(f"{planned}: found nobody to hit")
+                return
+            if post is not None and (self._crew.is_busy(post) or waited_s > FOR_WORK_S):
                 with nullcontext() if is_stop else post.lock:
                     if post.worker.is_alive() and deal(post, chance, hold) is not False:
                         return

@@ -1,5 +1,6 @@
 """A short storm over each combination; `make chaos` makes a long one. A failing seed is run again by CHAOS_SEED."""
 
+import faulthandler
 import os
 import random
 
@@ -8,6 +9,9 @@ import pytest
 from tests.chaos import report
 from tests.chaos.scenario import NO_FULL_DISK, NO_MQTT, Scenario, Size
 from tests.conftest import in_ci, required
+
+# A storm of a minute, and all that the audit may wait for.
+LONGEST_S = 600
 
 
 @pytest.mark.parametrize(
@@ -20,6 +24,7 @@ from tests.conftest import in_ci, required
     ids=["embedded", "rabbitmq", "redis"],
 )
 def test_no_job_is_lost_or_done_twice_whatever_dies(combination, size):
+    faulthandler.dump_traceback_later(LONGEST_S, exit=True)  # instead of pytest's, which would come before the findings
     seed = int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(1_000_000))
     print(f"CHAOS_SEED={seed}")
 
