@@ -1,9 +1,10 @@
-"""What people do to jobs and queues, as Python calls: cancel, retry, replay, explain; pause, resume, purge.
+"""What people do to jobs and queues, as Python calls: list, show, explain, cancel, retry, replay; pause, resume, purge.
 
 In: the id of a job or the name of a queue. Out: changed rows; workers follow what the rows say within a second, also
 those that start later. Everything is safe to repeat.
 
     from tasks import control
+    control.jobs(status="failed", task="image_resize")
     control.cancel(job.id, reason="the upload was deleted")
     control.pause("image_resize", reason="maintenance", for_s=3600)
 """
@@ -23,6 +24,8 @@ from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
 from tasks.rows import message_of_row, request_of_row, unsent
 
 LONGEST_PAUSE_S: Final = 10 * 365 * 86400.0
+
+Job = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,36 @@ class Chapter:
 
 
 # Jobs
+
+
+def jobs(*, status: str | None = None, task: str | None = None, limit: int = 50, app: Any = None) -> list[Job]:
+    """The newest jobs first: {column of task_queue: value}, times as aware datetimes.
+
+    Args:
+        status: Only jobs that stand there: queued, claimed, running, completed, failed or cancelled.
+        task: Only jobs of this capability; of one that nothing has the name of there are none.
+        limit: So many at most.
+
+    Raises:
+        InvalidArguments: No status has this name, or `limit` is below 1.
+    """
+    if status is not None and status not in list(Status):
+        raise InvalidArguments(f"{status!r} is no status; choose one of {', '.join(Status)}")
+    if limit < 1:
+        raise InvalidArguments(f"limit={limit}: give 1 or more")
+    wanted = Status(status) if status is not None else None
+    return [dict(row) for row in (app or _app()).store.jobs(status=wanted, task_type=task, limit=limit)]
+
+
+def show(job_id: str, *, app: Any = None) -> Job:
+    """One job: its row as `jobs` gives it, and under `logs` all its changes in order, {column of task_logs: value}.
+
+    Raises:
+        UnknownJob: No job has this id.
+    """
+    app = app or _app()
+    row = _row(app, job_id)
+    return {**row, "logs": [dict(log) for log in app.store.logs(job_id)]}
 
 
 def cancel(job_id: str, reason: str = "", *, app: Any = None) -> bool:

@@ -110,7 +110,7 @@ def _newest_failed(app: Any, task_type: str | None, limit: int) -> list[str]:
     to_read, is_whole = 0, False
     while not is_whole and len(found) <= limit:
         to_read = 2 * to_read or limit + 1
-        rows = app.store.jobs(status=Status.FAILED, task_type=task_type, limit=to_read)
+        rows = control.jobs(status=Status.FAILED, task=task_type, limit=to_read, app=app)
         found = [row["job_id"] for row in rows if not control.was_never_sent(row)]
         is_whole = len(rows) < to_read
     if not found:

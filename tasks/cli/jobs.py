@@ -58,7 +58,9 @@ for command in (explain_job, cancel_jobs, retry_jobs, replay_jobs):
 @with_app
 def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, limit: int, is_json: bool) -> None:
     """The newest jobs first. `jobs show` takes the ids as they stand here."""
-    rows = app.store.jobs(status=status, task_type=task_type, limit=limit)
+    from tasks import control
+
+    rows = control.jobs(status=status, task=task_type, limit=limit, app=app)
     if not rows:
         if task_type is not None and (unknown := unknown_task(app, task_type)):
             raise click.ClickException(printable(unknown))
@@ -76,14 +78,16 @@ def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, 
 @with_app
 def show_job(app: Any, ctx: click.Context, job_id: str, is_json: bool) -> None:
     """One job: its row, and every change in order. The first characters of the id are enough."""
-    row = job_row(app.store, job_id)
-    logs = app.store.logs(row["job_id"])
+    from tasks import control
+
+    job = control.show(job_row(app.store, job_id)["job_id"], app=app)
     if is_json:
-        click.echo(as_json({**row, "logs": [dict(log) for log in logs]}))
+        click.echo(as_json(job))
         return
+    logs = job.pop("logs")
     console = console_for(ctx)
-    width = max(map(len, row)) + 2
-    for name, value in row.items():
+    width = max(map(len, job)) + 2
+    for name, value in job.items():
         if value not in (None, "") and name not in HIDDEN:
             text = _status(value) if name == "status" else shown(value)
             console.print(f"{name:{width}}", text, sep="", markup=False, soft_wrap=True)

@@ -24,6 +24,64 @@ def statuses(producer, *jobs):
     return [producer.row(job)["status"] for job in jobs]
 
 
+# List, show
+
+
+def test_jobs_are_listed_newest_first_and_chosen_by_status_task_and_number(producer, app, add):
+    waiting, running = add.delay(1, 1), add.delay(2, 2)
+    other = producer.task.quiet.delay(1)
+    claimed_by(app, running)
+
+    def ids(**choice):
+        return [job["job_id"] for job in control.jobs(**choice)]
+
+    assert ids() == [other.id, running.id, waiting.id]
+    assert ids(status="running") == [running.id]
+    assert ids(task="add", status=Status.QUEUED) == [waiting.id]
+    assert ids(limit=1) == [other.id]
+    assert ids(task="nothing") == []
+
+
+def test_a_listed_job_is_a_plain_mapping_of_its_row(producer, add):
+    job = add.delay(1, y=2)
+
+    (listed,) = control.jobs()
+
+    assert type(listed) is dict
+    assert listed == dict(producer.row(job))
+    assert (listed["parameters"], listed["created_at"].tzinfo is not None) == ({"x": 1, "y": 2}, True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"status": "done"}, "'done' is no status; choose one of queued, claimed, running"),
+        ({"status": ""}, "'' is no status"),
+        ({"limit": 0}, "limit=0: give 1 or more"),
+        ({"limit": -1}, "limit=-1: give 1 or more"),
+    ],
+)
+def test_a_choice_that_can_not_be_meant_is_refused(producer, choice, said):
+    with pytest.raises(InvalidArguments, match=said):
+        control.jobs(**choice)
+
+
+def test_a_job_is_shown_with_all_its_changes_in_order(producer, app, add):
+    job = add.delay(1, 1)
+    claimed_by(app, job, "w1")
+
+    shown = control.show(job.id)
+
+    logs = shown.pop("logs")
+    assert shown == dict(producer.row(job))
+    assert [(log["event_type"], log["worker_id"]) for log in logs] == [
+        ("created", None),
+        ("claimed", "w1"),
+        ("started", "w1"),
+    ]
+    assert {type(log) for log in logs} == {dict}
+
+
 # Cancel
 
 
@@ -191,7 +249,7 @@ def test_a_chord_fails_when_a_member_is_cancelled(producer, add):
     assert member.id in producer.row(body)["error_message"]
 
 
-@pytest.mark.parametrize("do", [control.cancel, control.replay, control.retry, control.explain])
+@pytest.mark.parametrize("do", [control.cancel, control.replay, control.retry, control.explain, control.show])
 def test_an_unknown_job_is_refused_by_its_id(producer, do):
     with pytest.raises(UnknownJob, match="no job has the id nobody"):
         do("nobody")
