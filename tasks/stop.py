@@ -1,17 +1,20 @@
 """Graceful stop: a worker that is asked to end lets its jobs finish, and gives back what it can't.
 
-In: SIGTERM, SIGINT or SIGQUIT. Out: at once no more jobs are taken, and those that wait in this process go back to the
-broker. Running jobs have SHUTDOWN_GRACE_S to finish; at its end, at a second signal, or at SIGQUIT, their attempts end
-in their rows (`released`: no death is counted), they are published anew, and the processes that ran them are ended.
+In: SIGTERM, SIGINT, SIGQUIT or SIGHUP. Out: at once no more jobs are taken, and those that wait in this process go back
+to the broker. Running jobs have SHUTDOWN_GRACE_S to finish; at its end, at a second signal, or at SIGQUIT, their
+attempts end in their rows (`released`: no death is counted), they are published anew, and the processes that ran them
+are ended. After SIGHUP alone a worker without a terminal starts anew, as Celery's does; with one it ends.
 
 Stock Celery waits for ever at SIGTERM, ignores a second one, and leaves rows running at SIGQUIT.
 """
 
+import atexit
 import logging
 import math
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -44,19 +47,25 @@ class GracefulStop:
         self._pid: Final = os.getpid()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+        self._seen: Final[set[int]] = set()
 
     def start(self) -> None:
         """Listen: from here on no signal ends the worker before it has given back what it holds."""
         self.take_signals()
+        atexit.register(self._start_anew)
         threading.Thread(target=self._run, name="stop", daemon=True).start()
 
     def take_signals(self) -> None:
         """Take the signals that Celery has handlers for, also after it has set them."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             signal.signal(signum, self._on_signal)
+        is_unsupported = self._worker.app.IS_macOS and not self._worker._isatty  # Celery's handler says so
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and not is_unsupported:
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: Any) -> None:
         if os.getpid() == self._pid:
+            self._seen.add(signum)
             with suppress(BlockingIOError):
                 os.write(self._write, bytes([signum]))
 
@@ -125,12 +134,25 @@ class GracefulStop:
         for step in ("broadcast", "upkeep"):
             with suppress(Exception):
                 getattr(self._worker, step).stop(self._worker)
+        self._start_anew()
         os._exit(EX_OK)
+
+    def _start_anew(self) -> None:
+        """At the end of a process that got no signal but SIGHUP: begin it again, under its pid, with its command line.
+
+        Celery's own restart forgets what stood before the arguments, as `python -m celery` does.
+        """
+        if self._seen == {signal.SIGHUP} and not self._worker._isatty and os.getpid() == self._pid:
+            for stream in (sys.__stdout__, sys.__stderr__):
+                with suppress(AttributeError, OSError, ValueError):
+                    stream.flush()  # type: ignore[union-attr]
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 (the same command, no shell)
 
 
 def shield_child(app: Any) -> None:
-    """In a pool child: ignore SIGTERM while it runs a job. A service manager sends it to all processes of a worker, and
-    only the main one decides whether a job may finish; it ends a child with SIGKILL.
+    """In a pool child: ignore SIGTERM while it runs a job, and SIGHUP. A service manager, or a terminal that is closed,
+    sends them to all processes of a worker, and only the main one decides whether a job may finish; it ends a child
+    with SIGKILL.
     """
     exit_now = signal.getsignal(signal.SIGTERM)
 
@@ -139,6 +161,7 @@ def shield_child(app: Any) -> None:
             exit_now(signum, frame)
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGHUP, lambda *_: None)  # not SIG_IGN, which programs that a job starts would inherit
 
 
 @control_command(visible=False)  # type: ignore[untyped-decorator, unused-ignore]

@@ -1,8 +1,11 @@
 """However a worker is asked to stop, no row is left running, and what it did not finish runs elsewhere."""
 
 import os
+import pty
 import signal
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -104,10 +107,11 @@ def test_a_job_that_outlasts_the_grace_is_given_back_by_a_whole_group_that_is_st
     eventually(lambda: not worker.leftovers(), 5)
 
 
-def test_sigquit_gives_running_jobs_back_and_another_worker_runs_them(own, task, tmp_path):
-    worker = own.start_worker("--concurrency=1")
+@pytest.mark.parametrize("pool", POOLS)
+def test_sigquit_gives_running_jobs_back_and_another_worker_runs_them(own, task, tmp_path, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
     job = running_job(own, task, tmp_path, 6.0)
-    own.start_worker("--concurrency=1")
+    own.start_worker("-P", pool, "--concurrency=1")
 
     worker.signal(signal.SIGQUIT)
 
@@ -115,6 +119,110 @@ def test_sigquit_gives_running_jobs_back_and_another_worker_runs_them(own, task,
     assert worker.wait() == 0
     assert own.events(job) == RELEASED
     assert (own.row(job)["claimed_by"], own.row(job)["deaths"]) == ("w2", 0)
+
+
+# SIGHUP
+
+
+def wait_until_it_has_started_anew(worker):
+    eventually(lambda: worker.log().count(" ready.") == 2, 40, worker.log)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_at_sighup_running_jobs_finish_and_the_worker_starts_anew(own, task, tmp_path, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
+    job = running_job(own, task, tmp_path, 2.0)
+
+    worker.signal(signal.SIGHUP)
+
+    assert job.get(**GET) == "job"
+    assert own.events(job) == COMPLETED
+    wait_until_it_has_started_anew(worker)
+    assert task.add.delay(1, 2).get(**GET) == 3
+    worker.terminate()
+    assert worker.wait() == 0
+    assert own.app.store.holders() == []
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_second_sighup_gives_running_jobs_back_and_the_worker_that_has_started_anew_runs_them(
+    own, task, tmp_path, pool
+):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
+    job = task.dawdle.delay(str(tmp_path / "runs"), 30.0, 0.0)
+    eventually(lambda: lines(tmp_path / "runs"), 15)
+
+    worker.signal(signal.SIGHUP)
+    worker.wait_for_log("running jobs have", 10)
+    worker.signal(signal.SIGHUP)
+
+    assert job.get(timeout=45) == 2
+    assert own.events(job) == RELEASED
+    assert own.row(job)["deaths"] == 0
+    assert worker.is_alive()
+
+
+def test_a_sighup_to_the_whole_group_harms_no_child(own, task, tmp_path):
+    worker = own.start_worker("--concurrency=1")
+    job = running_job(own, task, tmp_path, 2.0)
+
+    os.killpg(worker.pid, signal.SIGHUP)
+
+    assert job.get(**GET) == "job"
+    assert own.events(job) == COMPLETED
+    wait_until_it_has_started_anew(worker)
+
+
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGHUP)], ids=["hup-term", "term-hup"]
+)
+def test_a_worker_that_is_asked_to_stop_as_well_does_not_start_anew(own, task, tmp_path, signals):
+    """systemd's SendSIGHUP sends both."""
+    worker = own.start_worker("--concurrency=1")
+    job = running_job(own, task, tmp_path, 25.0)
+
+    for signum in signals:
+        worker.signal(signum)
+        worker.wait_for_log("running jobs have", 10)
+
+    own.wait_for(job, "queued", timeout_s=10)
+    assert worker.wait(25) == 0
+    assert own.events(job) == ["created", "claimed", "started", "released"]
+
+
+@pytest.fixture
+def terminal(own, tmp_path):
+    """The first worker's output is a terminal; calling this closes it."""
+    ours, theirs = pty.openpty()
+    (tmp_path / "worker-1.log").symlink_to(os.ttyname(theirs))
+    is_closed = threading.Event()
+
+    def read():
+        with suppress(OSError):  # nobody has the other side any more
+            while not is_closed.is_set():
+                os.read(ours, 4096)
+        os.close(ours)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    yield is_closed.set
+    is_closed.set()
+    os.close(theirs)
+    reader.join(10)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_whose_terminal_is_closed_finishes_its_jobs_and_ends(own, task, tmp_path, terminal, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1", ready_timeout_s=0)
+    job = running_job(own, task, tmp_path, 2.0)
+
+    os.killpg(worker.pid, signal.SIGHUP)  # the kernel does so to what runs in the terminal's foreground
+    terminal()
+
+    eventually(lambda: not worker.is_alive(), 15)
+    assert worker.returncode == 0
+    assert own.events(job) == COMPLETED
+    assert own.app.store.holders() == []
 
 
 def test_a_worker_that_is_stopped_while_it_starts_leaves_nothing(own, tmp_path):
