@@ -7,7 +7,7 @@ from sqlalchemy import RowMapping, Text, cast, func, select
 
 from db import statements
 from db.models import task_logs, task_queue
-from db.records import Status
+from db.records import Status, now
 from db.statements import UNFINISHED, is_one_of
 from db.store.base import Part
 
@@ -78,6 +78,16 @@ class Reading(Part):
             for queue, status, jobs in connection.execute(statement):
                 counts.setdefault(queue, {})[status] = jobs
         return counts
+
+    def overdue(self, by_s: float) -> list[RowMapping]:
+        """Resting jobs, of queues that are not paused, that were due longer than so many seconds ago; oldest first.
+
+        Returns: job_id, queue and run_after_utc of each.
+        """
+        c = task_queue.c
+        is_resting = c.status == Status.QUEUED, c.published_at.is_(None), ~statements.is_paused(c.queue)
+        statement = select(c.job_id, c.queue, c.run_after_utc).where(*is_resting, c.run_after_utc < self._clock(by_s))
+        return self._rows(statement.order_by(c.run_after_utc, c.id), {"b_now": now()})
 
     def jobs_ahead(self, queue: str, priority: int, row_id: int) -> int:
         """How many published jobs of this queue are claimed before this one, in the order of priorities."""

@@ -8,6 +8,7 @@ import click
 
 from tasks.cli.app import with_app
 from tasks.cli.retained import retained_doubts
+from tasks.cli.strays import overdue_jobs, stray_messages, surplus_messages
 from tasks.cli.text import as_json, counted, line, remark
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
     """Find jobs whose worker is dead, whose message is lost, whose end was not told; and mend them.
 
     Workers do so by themselves every few seconds, one of them at a time; doing it twice does no harm. What no look
-    can prove is only said, such as a retained MQTT topic of a worker that the job table does not know as alive.
+    can prove is only said, such as a retained MQTT topic of a worker that the job table does not know as alive; so is
+    what needs no mending, such as a message whose job has ended.
     """
     from tasks.reconciler import Reconciler
 
     reconciler = Reconciler(app)
-    counts = {"found": 0, "mended": 0, "failed": 0, "uncertain": 0}
+    counts = {"found": 0, "mended": 0, "failed": 0, "uncertain": 0, "noted": 0}
+    said = set()
 
     def say(part: str, subject: str, text: str, outcome: str) -> None:
         counts[outcome] += 1
+        said.add(subject)
         note = {"uncertain": "not certain: ", "failed": "not mended: "}.get(outcome, "")
         fields = {"part": part, "subject": subject, "text": text, "outcome": outcome}
         click.echo(as_json(fields) if is_json else line(f"{note}{part}: {subject}: {text}"))
@@ -41,6 +45,10 @@ def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
             say(finding.part, finding.subject, finding.text, outcome)
     for part, subject, text in _doubts(app, reconciler):
         say(part, subject, text, "uncertain")
+    mended = frozenset(said)
+    for part, subject, text in _notes(app):
+        if subject not in mended:  # its old message, if it was
+            say(part, subject, text, "noted")
     if not is_json:
         click.echo(_summary(counts, is_dry=is_dry))
     if counts["failed"]:
@@ -79,8 +87,18 @@ def _doubts(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]
     """What may be wrong and can't be proved by one look; a worker that looks on will tell."""
     yield from _silent_holders(app, reconciler)
     yield from _short_queues(app)
+    for queue, text in surplus_messages(app):
+        yield "stray messages", queue, text
     for topic, text in retained_doubts(app):
         yield "retained topics", topic, text
+
+
+def _notes(app: Any) -> Iterator[tuple[str, str, str]]:
+    """What needs no mending."""
+    for job_id, text in overdue_jobs(app):
+        yield "overdue jobs", job_id, text
+    for job_id, text in stray_messages(app):
+        yield "stray messages", job_id, text
 
 
 def _silent_holders(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
@@ -115,6 +133,7 @@ def _short_queues(app: Any) -> Iterator[tuple[str, str, str]]:
 
 def _summary(counts: dict[str, int], *, is_dry: bool) -> str:
     what = {"found": "to mend", "mended": "mended", "failed": "not mended", "uncertain": "not certain"}
+    what["noted"] = "need no mending"
     said = [f"{count:,} {what[outcome]}" for outcome, count in counts.items() if count]
     changed = "; nothing was changed" if is_dry and said else ""
     return f"{', '.join(said)}{changed}" if said else "nothing to mend"

@@ -3,9 +3,11 @@
 import json
 import sqlite3
 from contextlib import closing
+from datetime import timedelta
 
 import pytest
 
+from db.records import now
 from tests.tooling.waiting import eventually
 
 
@@ -151,3 +153,61 @@ def test_a_broker_that_does_not_answer_is_said_in_one_line(celery, lost):
 
     assert done.returncode == 1
     assert "the broker does not answer" in done.error
+
+
+# The other way round: what needs no mending
+
+
+def test_a_message_whose_job_has_ended_has_moved_on_or_is_unknown_is_named_and_left(celery, server_dir, photo):
+    ids = [celery("submit", "image_resize", photo, f"{n}.webp", "--width", 80).stdout.strip() for n in range(4)]
+    table = server_dir / "media_store.db"
+    change(table, f"UPDATE task_queue SET status = 'completed' WHERE job_id = '{ids[0]}'")
+    change(table, f"UPDATE task_queue SET publication = 3 WHERE job_id = '{ids[1]}'")
+    change(table, f"DELETE FROM task_queue WHERE job_id = '{ids[2]}'")
+    before = dump(server_dir)
+
+    done = celery("reconcile", "--dry-run")
+
+    drops = "the worker that takes the message drops it"
+    unknown = "no row has this id (as of another client, or ENQUEUE=broker); the worker that takes it makes one"
+    assert done.stdout.splitlines() == [
+        f"stray messages: {ids[0]}: image_resize holds a message of it, and it is completed; {drops}",
+        f"stray messages: {ids[1]}: image_resize holds a message of it, "
+        f"and it stands at publication 3, the message at 1; {drops}",
+        f"stray messages: {ids[2]}: image_resize holds a message of it, and {unknown}",
+        "3 need no mending; nothing was changed",
+    ]
+    assert (done.returncode, done.stderr) == (0, "")
+    celery("reconcile")
+    assert dump(server_dir) == before
+
+
+def test_a_broker_that_only_counts_tells_of_more_messages_than_jobs(celery, server_dir, photo, fresh_redis_url):
+    env = {"CELERY_BROKER_URL": fresh_redis_url}
+    for n in range(3):
+        celery("submit", "image_resize", photo, f"{n}.webp", "--width", 80, env=env)
+    change(server_dir / "media_store.db", "UPDATE task_queue SET status = 'cancelled' WHERE id < 3")
+
+    done = celery("reconcile", "--dry-run", env=env)
+
+    assert done.returncode == 0, done.stderr
+    (said, _) = done.stdout.splitlines()
+    assert said.startswith(
+        "not certain: stray messages: image_resize: 3 messages ready, 1 job published; the rest are "
+    )
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_jobs_that_are_long_overdue_are_named_with_what_is_wrong(celery, commands, is_served):
+    long_ago = now() - timedelta(minutes=5)
+    for job_id, due in (("late", long_ago), ("paused", long_ago), ("soon", now() - timedelta(seconds=5))):
+        commands.job(job_id, is_resting=True, run_after_utc=due, queue="quiet" if job_id == "paused" else "add")
+    commands.store.pause("quiet")
+    if is_served:
+        commands.worker("edge-1", "add")
+
+    (said,) = map(json.loads, celery("reconcile", "--dry-run", "--json").stdout.splitlines())
+
+    assert (said["part"], said["subject"], said["outcome"]) == ("overdue jobs", "late", "noted")
+    assert f"it was due at {long_ago:%Y-%m-%d %H:%M:%S} UTC in add" in said["text"]
+    assert said["text"].endswith("the worker that publishes what is due is behind" if is_served else "no worker lives")

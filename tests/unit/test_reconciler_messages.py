@@ -1,11 +1,14 @@
 """Messages that the broker lost, and those that are due."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from kombu.exceptions import OperationalError
 
+from db import schema
 from db.records import now
+from tasks.cli import strays
 from tasks.reconciler import Reconciler
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, publications
@@ -81,6 +84,78 @@ def test_a_job_that_was_claimed_meanwhile_is_not_published_again(producer, app, 
     mend(findings)
 
     assert (producer.row(job)["status"], producer.row(job)["publication"]) == ("running", 1)
+
+
+# Stray messages, embedded broker
+
+
+@pytest.fixture
+def between_two_looks(monkeypatch):
+    """What happens between the two looks: a list of calls."""
+    calls = []
+    monkeypatch.setattr("tasks.cli.strays.time", SimpleNamespace(sleep=lambda _s: [call() for call in calls]))
+    return calls
+
+
+def test_all_messages_that_no_row_waits_for_are_found_also_those_that_a_worker_has(
+    producer, app, add, between_two_looks, monkeypatch
+):
+    monkeypatch.setattr("tasks.cli.strays.IN_ONE_LOOK", 2)
+    jobs = [add.delay(n, n) for n in range(5)]
+    for job in jobs[:4]:
+        change(app, job, status="cancelled")
+
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        assert channel.basic_get("add", no_ack=False) is not None
+        found = list(strays.stray_messages(app))
+
+    assert [job_id for job_id, _ in found] == [job.id for job in jobs[:4]]
+    assert publications(producer, "add")[-1] == (jobs[4].id, 1)
+
+
+def test_a_message_that_is_acknowledged_a_moment_after_its_jobs_end_is_no_stray(producer, app, add, between_two_looks):
+    change(app, add.delay(1, 1), status="completed")
+    between_two_looks.append(lambda: messages(producer, "add"))
+
+    assert list(strays.stray_messages(app)) == []
+
+
+def test_messages_of_celerys_own_tasks_have_no_rows_and_are_no_strays(app, between_two_looks):
+    app.tasks["celery.backend_cleanup"].apply_async(queue="add")
+
+    assert list(strays.stray_messages(app)) == []
+
+
+def test_a_broker_file_that_can_not_be_read_is_named_and_one_that_is_missing_holds_nothing(producer, app):
+    assert list(strays.stray_messages(app)) == []
+    (producer.server_dir / "broker.db").write_text("this is no database" * 100)
+
+    with pytest.raises(OperationalError, match=r"broker\.db: file is not a database"):
+        list(strays.stray_messages(app))
+
+
+# Overdue jobs
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_only_jobs_that_rest_beyond_their_time_in_a_queue_that_is_not_paused_are_overdue(
+    request, server_dir, tmp_path, database
+):
+    env = {"DATABASE_URL": request.getfixturevalue("fresh_postgres_url")} if database == "postgresql" else {}
+    with deployed(server_dir, tmp_path, env) as deployment:
+        app = deployment.app
+        schema.upgrade(app.store.database)
+        late, soon = (deployment.task.add.apply_async((n, n), countdown=60) for n in range(2))
+        paused = deployment.task.quiet.apply_async((1,), countdown=60)
+        for job, due_s in ((late, -61), (soon, -50), (paused, -61)):
+            change(app, job, run_after_utc=now() + timedelta(seconds=due_s))
+        change(app, deployment.task.add.delay(1, 1), run_after_utc=now() - timedelta(hours=1))
+        app.store.pause("quiet")
+
+        ((job_id, text),) = strays.overdue_jobs(app)
+
+        assert job_id == late.id
+        assert text.endswith("nobody has published it: no worker lives")
 
 
 # Lost messages, other brokers
