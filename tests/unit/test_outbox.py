@@ -6,8 +6,10 @@ from contextlib import closing
 from datetime import timedelta
 
 import psycopg
+import psycopg2
 import pytest
 from psycopg.rows import dict_row
+from psycopg2.extras import RealDictCursor
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
@@ -71,13 +73,13 @@ class _Alchemy:
 class _DbApi:
     """How a caller writes with the driver itself."""
 
-    def __init__(self, deployment, **options):
+    def __init__(self, deployment, driver=psycopg, **options):
         url = make_url(deployment.app.settings.database_url)
         if deployment.app.store.database.is_sqlite:
             self.connection = sqlite3.connect(url.database)
         else:
             plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
-            self.connection = psycopg.connect(plain, **options)
+            self.connection = driver.connect(plain, **options)
 
     def __enter__(self):
         return self
@@ -91,13 +93,19 @@ class _DbApi:
         return cursor
 
 
-@pytest.fixture(params=["session", "connection", "driver", "driver with rows by name"])
+@pytest.fixture(
+    params=["session", "connection", "driver", "driver with rows by name", "psycopg2", "psycopg2 with rows by name"]
+)
 def caller(request, host):
+    if request.param.startswith("psycopg2") and host.app.store.database.is_sqlite:
+        pytest.skip("psycopg2 is for PostgreSQL")
     kinds = {
         "session": lambda: _Alchemy(host, Session),
         "connection": lambda: _Alchemy(host, lambda engine: engine.connect()),
         "driver": lambda: _DbApi(host),
         "driver with rows by name": lambda: _DbApi(host, row_factory=dict_row),
+        "psycopg2": lambda: _DbApi(host, psycopg2),
+        "psycopg2 with rows by name": lambda: _DbApi(host, psycopg2, cursor_factory=RealDictCursor),
     }
     with kinds[request.param]() as caller:
         if request.param.endswith("name") and host.app.store.database.is_sqlite:

@@ -166,6 +166,22 @@ def test_a_strategy_is_given_for_one_queue_or_for_all(text, strategies):
     assert read_settings(HOME | {"QUEUE_STRATEGY": text}).queue_strategy == strategies
 
 
+@pytest.mark.parametrize("url", ["amqp://h//", "redis://h/0"])
+@pytest.mark.parametrize("strategy", ["FIFO", "LIFO", "WEIGHTED_RANDOM", "image_resize=WEIGHTED_RANDOM,*=PRIORITY"])
+def test_a_strategy_that_the_broker_does_not_know_is_refused_with_the_remedy(url, strategy):
+    with pytest.raises(
+        SettingsError, match=r"^QUEUE_STRATEGY: RabbitMQ and Redis only know PRIORITY; unset it, or use"
+    ):
+        read_settings(HOME | {"CELERY_BROKER_URL": url, "QUEUE_STRATEGY": strategy})
+
+
+@pytest.mark.parametrize("url", ["amqp://h//", "redis://h/0"])
+def test_priority_is_known_to_every_broker(url):
+    settings = read_settings(HOME | {"CELERY_BROKER_URL": url, "QUEUE_STRATEGY": "image_resize=PRIORITY"})
+
+    assert settings.broker_url == url
+
+
 @pytest.mark.parametrize(("text", "is_on"), [("on", True), ("1", True), ("TRUE", True), ("off", False), ("No", False)])
 def test_a_switch_takes_the_usual_words(text, is_on):
     assert read_settings(HOME | {"MIRROR": text}).mirror is is_on
