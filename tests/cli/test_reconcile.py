@@ -182,8 +182,9 @@ def test_a_message_whose_job_has_ended_has_moved_on_or_is_unknown_is_named_and_l
     assert dump(server_dir) == before
 
 
-def test_a_broker_that_only_counts_tells_of_more_messages_than_jobs(celery, server_dir, photo, fresh_redis_url):
-    env = {"CELERY_BROKER_URL": fresh_redis_url}
+@pytest.mark.parametrize("broker", ["redis", "rabbitmq"])
+def test_a_broker_that_only_counts_tells_of_more_messages_than_jobs(request, celery, server_dir, photo, broker):
+    env = {"CELERY_BROKER_URL": request.getfixturevalue(f"fresh_{broker}_url")}
     for n in range(3):
         celery("submit", "image_resize", photo, f"{n}.webp", "--width", 80, env=env)
     change(server_dir / "media_store.db", "UPDATE task_queue SET status = 'cancelled' WHERE id < 3")
