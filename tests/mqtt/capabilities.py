@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.celery import app
+from tasks.errors import TransientError
 from tasks.job import Job
 
 
@@ -37,3 +38,18 @@ def hold() -> dict[str, Any]:
     ]
     ports = [int(row[2].rpartition(":")[2], 16) for row in rows if row[9] in inodes]
     return {"ports": ports, "modules": [name for name in sys.modules if name.startswith("paho")], "pid": os.getpid()}
+
+
+@app.task(bind=True)
+def follow(self: Job, file: str) -> None:
+    """Say that it is as far as the file's last line says, up or down, until that is "end". "retry" fails it once."""
+    while (line := _last_line(Path(file))) != "end":
+        if line == "retry" and not self.request.retries:
+            raise TransientError("one more attempt")
+        if line.isdecimal():
+            self.progress(float(line))
+        time.sleep(0.05)
+
+
+def _last_line(file: Path) -> str:
+    return ["", *(file.read_text().splitlines() if file.exists() else [])][-1]

@@ -22,11 +22,11 @@ def prefix(mosquitto: MosquittoServer) -> str:
 
 @pytest.fixture
 def listen(prefix: str) -> Iterator[Callable[..., Listener]]:
-    """`listen(port)` subscribes to all of this test's topics."""
+    """`listen(port)` subscribes to all of this test's topics, or to those below another `prefix`."""
     listeners: list[Listener] = []
 
     def start(port: int, **options: Any) -> Listener:
-        listeners.append(Listener(port, prefix, **options))
+        listeners.append(Listener(port, **{"prefix": prefix} | options))
         return listeners[-1]
 
     yield start

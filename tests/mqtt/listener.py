@@ -8,6 +8,7 @@ from typing import Any
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.mqtt.messages import validate
 from tests.tooling.waiting import eventually
@@ -15,18 +16,27 @@ from tests.tooling.waiting import eventually
 # 1.5 times the keepalive of 5 s, and the time until Mosquitto looks: it does so every several seconds, for all clients
 # at once (16 clients, stopped within 6 s, were gone in the same moment).
 SILENT_FOR_S = 20.0
+# A broker lowers the QoS of a message to that of the subscription, and the retain flag of what it passes on live.
+AS_PUBLISHED = SubscribeOptions(qos=2, retainAsPublished=True)
 
 
 @dataclass(frozen=True)
 class Heard:
+    """A message, with the QoS and the retain flag that its publisher gave it."""
+
     at: float
     topic: str
     text: str
+    qos: int
     is_retained: bool
 
     @property
     def payload(self) -> Any:
         return json.loads(self.text) if self.text else None
+
+    def check(self) -> None:
+        """Hold it against asyncapi.yaml."""
+        validate(self.topic, self.text, qos=self.qos, is_retained=self.is_retained)
 
 
 class Listener:
@@ -38,7 +48,7 @@ class Listener:
         self._is_subscribed = False
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
         self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"{prefix}/#", qos=1)
+        self._client.on_connect = lambda client, *_: client.subscribe(f"{prefix}/#", options=AS_PUBLISHED)
         self._client.on_subscribe = self._on_subscribe
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
@@ -55,18 +65,18 @@ class Listener:
         self._is_subscribed = False
 
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
-        self.heard.append(Heard(time.time(), message.topic, message.payload.decode(), message.retain))
+        text = message.payload.decode()
+        self.heard.append(Heard(time.time(), message.topic, text, message.qos, message.retain))
 
     def wait_until_subscribed(self) -> None:
         eventually(lambda: self._is_subscribed, 15, "subscribed")
 
     def close(self) -> None:
-        """Leave; every event and capability that was heard must fit its schema."""
+        """Leave; every message that was heard must be one of asyncapi.yaml, sent as it says."""
         self._client.disconnect()
         self._client.loop_stop()
         for heard in self.heard:
-            if heard.topic.endswith("/events") or "/workers/" in heard.topic:
-                validate(heard.topic, heard.text)
+            heard.check()
 
     def of_worker(self, worker_id: str) -> list[Heard]:
         return [heard for heard in self.heard if heard.topic == f"{self.prefix}/workers/{worker_id}"]

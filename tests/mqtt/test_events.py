@@ -54,7 +54,7 @@ def test_a_job_is_told_from_its_row_to_its_result(started, listener, worker_id):
     assert (completed["task_type"], completed["root_id"]) == ("add", job.id)
     row = started.row(job)
     assert completed["timestamp"] == int(row["completed_at"].timestamp() * 1000)
-    assert not any(heard.is_retained for heard in listener.heard if heard.topic.endswith("/events"))
+    assert {(heard.qos, heard.is_retained) for heard in listener.heard if job.id in heard.text} == {(1, False)}
 
 
 def test_a_failure_is_told_with_its_reason(started, listener):
@@ -135,6 +135,53 @@ def test_progress_is_told_twice_a_second_at_most(deploy, mosquitto, listener):
     for earlier, later in itertools.pairwise(told):
         assert later.at - earlier.at > 0.35
     assert [heard.payload["progress"] for heard in told] == sorted(heard.payload["progress"] for heard in told)
+    assert {(heard.qos, heard.is_retained) for heard in told} == {(0, False)}
+    changes = [heard for heard in listener.heard if job.id in heard.text and heard not in told]
+    assert {(heard.qos, heard.is_retained) for heard in changes} == {(1, False)}
+
+
+def test_progress_never_falls_within_an_attempt_and_begins_anew_with_the_next(
+    deploy, mosquitto, listener, worker_id, tmp_path
+):
+    from tests.mqtt import capabilities
+
+    deployment = deploy(mosquitto.port)
+    deployment.start_worker("--concurrency=2", "-Q", "follow", plug_in=capabilities.__name__)
+    listener.wait_for_capability(worker_id)
+    _wait_for_relay(deployment)
+    files = [tmp_path / "wavering", tmp_path / "other"]
+    wavering, other = jobs = [capabilities.follow.delay(str(file)) for file in files]
+
+    def reach(job, percent):
+        files[jobs.index(job)].write_text(f"{percent}\n")
+        eventually(lambda: deployment.row(job)["progress"] == percent, 20)
+
+    def hear(job, percent):
+        eventually(lambda: percent in [event["data"].get("progress") for event in listener.events(job)], 20)
+
+    reach(wavering, 60)
+    hear(wavering, 60)
+    reach(wavering, 20)
+    reach(other, 30)
+    hear(other, 30)  # so the relay has looked since
+    reach(wavering, 80)
+    hear(wavering, 80)
+    files[0].write_text("retry\n")
+    listener.wait_for_change(wavering, "retry")
+    reach(wavering, 10)
+    hear(wavering, 10)
+    for job, file in zip(jobs, files, strict=True):
+        file.write_text("end\n")
+        listener.wait_for_change(job, "completed")
+
+    events = listener.events(wavering)
+    (retried,) = [number for number, event in enumerate(events) if event["event_type"] == "retry"]
+    first, second = (
+        [event["progress"] for event in attempt if "stage" in event["data"] or event["event_type"] == "completed"]
+        for attempt in (events[:retried], events[retried:])
+    )
+    assert first == [60, 80]
+    assert second == [10, 100]
 
 
 def test_a_jobs_own_process_has_no_connection_to_the_broker(deploy, listen, private_mosquitto, worker_id, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.acceptance.deployment import install_entry_point
+from tests.mqtt.jobs import check_none_was_blocked, run_jobs
 from tests.mqtt.listener import SILENT_FOR_S
 from tests.mqtt.road import Road
 from tests.mqtt.said import one_warning, warnings
@@ -22,14 +23,6 @@ from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
 
 pytestmark = pytest.mark.slow
-
-
-def run_jobs(deployment, count=20):
-    """Jobs are run as if there were no MQTT; how long it took."""
-    started = time.monotonic()
-    for job in [deployment.task.add.delay(number, 1) for number in range(count)]:
-        assert job.get(timeout=20)
-    return time.monotonic() - started
 
 
 def test_a_broker_that_is_absent_at_the_start(deploy, listen, private_mosquitto, worker_id):
@@ -89,6 +82,7 @@ def test_a_frozen_broker_slows_no_job_and_costs_no_memory(deploy, listen, privat
     last = [deployment.task.add.delay(number, 2) for number in range(300)]
     for job in last:
         assert job.get(timeout=30)
+    check_none_was_blocked(deployment, last)
     time.sleep(6)
     assert len(warnings(worker)) == 1
     assert _memory_mib(worker.pid) - before < 20
@@ -115,8 +109,10 @@ def test_large_results_cost_no_memory_while_the_broker_is_frozen(deploy, listen,
     before = _memory_mib(worker.pid)
 
     broker.pause()
-    last = [capabilities.weigh.delay(60_000) for _ in range(800)][-1]  # 48 MB
+    jobs = [capabilities.weigh.delay(60_000) for _ in range(800)]  # 48 MB
+    last = jobs[-1]
     last.get(timeout=60)
+    check_none_was_blocked(deployment, jobs)
     after = _memory_mib(worker.pid)
     broker.resume()
     listener.wait_until_subscribed()
@@ -193,6 +189,7 @@ def test_a_network_that_is_lost_without_a_word(deploy, listen, private_mosquitto
         jobs = [deployment.task.add.delay(number, 1) for number in range(20)]
         for job in jobs:
             assert job.get(timeout=20)
+        check_none_was_blocked(deployment, jobs)
         listener.wait_until_gone(worker_id, SILENT_FOR_S)
         eventually(lambda: warnings(worker), 20)
         time.sleep(8)

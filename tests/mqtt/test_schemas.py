@@ -7,15 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import yaml
 from jsonschema import Draft7Validator, Draft202012Validator, ValidationError
 
 from tasks.settings import read_settings
 from tasks.sinks import topics
+from tests.mqtt import messages
 from tests.mqtt.messages import SCHEMAS, SINKS, validate
 
 EVENTS = "any/events"
 WORKER = "any/workers/worker-1"
+CHECK = f"{WORKER}/check"
 FAILURE = {"error_type": "CorruptMedia", "error_message": "in.jpg can't be decoded"}
 AGAIN = {"retry_count": 1, "run_after_utc": "2026-03-01T12:00:00+00:00"}
 DATA = {
@@ -29,7 +30,7 @@ DATA = {
 
 @pytest.fixture(scope="module")
 def document():
-    return yaml.safe_load((SINKS / "asyncapi.yaml").read_text())
+    return messages.document()
 
 
 def event(change="started", **changed):
@@ -90,7 +91,7 @@ def test_it_refers_to_every_schema_and_every_schema_is_one(document):
     for path in files:
         schema = json.loads(path.read_text())
         Draft202012Validator.check_schema(schema)
-        assert document["components"]["messages"][path.stem]["payload"]["schema"] == {"$ref": f"schemas/{path.name}"}
+        assert f'{{"$ref": "schemas/{path.name}"}}' in json.dumps(document["components"]["messages"][path.stem])
 
 
 def test_its_topics_and_ports_are_the_settings_defaults(document):
@@ -105,7 +106,8 @@ def test_its_topics_and_ports_are_the_settings_defaults(document):
 
 
 def test_its_examples_fit_their_schemas(document):
-    topic_of = {"event": EVENTS, "capability": WORKER}
+    topic_of = {"event": EVENTS, "progress": EVENTS, "capability": WORKER}
+    channel_of = {"event": "events", "progress": "events", "capability": "worker"}
     examples = [
         (name, example["payload"])
         for name, message in document["components"]["messages"].items()
@@ -114,7 +116,19 @@ def test_its_examples_fit_their_schemas(document):
 
     assert len(examples) >= 4
     for name, payload in examples:
-        validate(topic_of[name], json.dumps(payload))
+        bindings = messages.bindings_of(channel_of[name], name)
+        validate(topic_of[name], json.dumps(payload), qos=bindings["qos"], is_retained=bindings["retain"])
+
+
+def test_each_message_of_a_channel_is_one_that_is_described_and_sent_by_one_operation(document):
+    described = set()
+    for channel, description in document["channels"].items():
+        for name, reference in description["messages"].items():
+            assert reference == {"$ref": f"#/components/messages/{name}"}
+            assert messages.bindings_of(channel, name).keys() >= {"qos", "retain"}
+            described.add(name)
+
+    assert described == document["components"]["messages"].keys()
 
 
 # What is right
@@ -138,6 +152,25 @@ def test_every_capability_fits():
         assert validate(WORKER, topics.capability("worker-1", ["image_resize"], 0, is_draining=is_draining))
     assert validate("any/workers/a%2Fb", topics.capability("a/b", [], 0, is_draining=False))
     assert validate(WORKER, b"") is None
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload", "qos", "is_retained"),
+    [
+        (EVENTS, json.dumps(event()), 1, False),
+        (EVENTS, json.dumps(event("progress")), 0, False),
+        (WORKER, json.dumps(capability()), 1, True),
+        (WORKER, "", 1, True),
+        (CHECK, "any text", 1, False),
+    ],
+    ids=["change", "progress", "capability", "gone", "probe"],
+)
+def test_each_message_is_sent_as_its_operation_says(topic, payload, qos, is_retained):
+    validate(topic, payload, qos=qos, is_retained=is_retained)
+
+    for wrong in ({"qos": 1 - qos}, {"qos": 2}, {"is_retained": not is_retained}):
+        with pytest.raises(AssertionError, match=f"{topic} came with"):
+            validate(topic, payload, **{"qos": qos, "is_retained": is_retained} | wrong)
 
 
 def test_no_two_workers_share_a_topic():
@@ -210,6 +243,7 @@ def test_a_wrong_event_is_refused(wrong):
         capability(capabilities=["image_resize", "image_resize"]),
         capability(capabilities=[1]),
         capability(status="idle"),
+        capability(status="draining"),
         capability(timestamp="now"),
         capability(worker_id=""),
     ],
@@ -227,6 +261,17 @@ def test_a_capability_in_another_workers_topic_is_refused():
         validate(WORKER, json.dumps(capability(id="worker-2")))
 
 
-def test_a_topic_of_somebody_else_is_refused():
-    with pytest.raises(AssertionError):
-        validate("any/thing", json.dumps(capability()))
+@pytest.mark.parametrize(
+    "topic",
+    ["any/thing", "events", "any/x/events", f"{EVENTS}/x", "any/workers", "any/workers/", f"{CHECK}/x", "a/b/c/check"],
+)
+def test_a_topic_that_the_document_does_not_know_is_refused(topic):
+    for payload in (json.dumps(capability()), json.dumps(event()), ""):
+        with pytest.raises(AssertionError, match="no channel"):
+            validate(topic, payload)
+
+
+def test_nothing_but_a_capability_is_said_in_a_workers_topic():
+    for payload in ("gone", " ", "null", json.dumps(event())):
+        with pytest.raises(ValidationError):
+            validate(WORKER, payload)

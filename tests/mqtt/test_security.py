@@ -1,11 +1,15 @@
 """Passwords, TLS with an own CA, client certificates; secrets from files, and none of them in a log."""
 
+import os
+import signal
 import subprocess
 import time
 
 import pytest
 
+from tests.mqtt.jobs import check_none_was_blocked, run_jobs
 from tests.mqtt.said import one_warning, warnings
+from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +56,16 @@ def knows_the_ca(certificates, *, is_client=False):
     return lambda client: client.tls_set(str(certificates / "ca.pem"), *pair)
 
 
+def check_it_is_back(deployment, worker, listener, worker_id, missed=()):
+    """The broker lets the worker in again: it shows itself, tells what it could not tell, and complains no more."""
+    known = len(warnings(worker))
+    listener.wait_for_capability(worker_id, 20)
+    for job in [*missed, deployment.task.add.delay(1, 2)]:
+        listener.wait_for_change(job, "completed")
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+    assert len(warnings(worker)) == known
+
+
 def test_a_password(deploy, listen, password_broker, worker_id):
     deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
     worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
@@ -63,6 +77,39 @@ def test_a_password(deploy, listen, password_broker, worker_id):
 
     assert warnings(worker) == []
     assert PASSWORD not in worker.log()
+
+
+def test_a_password_that_is_wrong_for_a_while(deploy, listen, password_broker, worker_id, tmp_path):
+    def set_password(password):
+        command = ["mosquitto_passwd", "-b", str(tmp_path / "passwords"), "worker", password]
+        subprocess.run(command, check=True, capture_output=True)
+        os.kill(password_broker.pid, signal.SIGHUP)  # it also closes the connections of whoever is not let in any more
+
+    # At the start.
+    set_password("of another one")
+    deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
+    worker = deployment.start_worker("-Q", "add")
+    run_jobs(deployment)
+    assert "look at MQTT_USERNAME and MQTT_PASSWORD" in one_warning(worker)
+
+    set_password(PASSWORD)
+
+    worker.wait_for_log("is back", 20)
+    listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
+    check_it_is_back(deployment, worker, listener, worker_id)
+
+    # In mid-run.
+    set_password("of another one")
+    eventually(lambda: len(warnings(worker)) == 2, 20)
+    assert "look at MQTT_USERNAME and MQTT_PASSWORD" in warnings(worker)[1]
+    missed = [deployment.task.add.delay(number, 1) for number in range(20)]
+    assert [job.get(timeout=20) for job in missed] == list(range(1, 21))
+    check_none_was_blocked(deployment, missed)
+    said = len(listener.of_worker(worker_id))
+    set_password(PASSWORD)
+
+    eventually(lambda: len(listener.of_worker(worker_id)) > said, 20)
+    check_it_is_back(deployment, worker, listener, worker_id, missed)
 
 
 def test_name_and_password_from_files(deploy, listen, password_broker, worker_id, tmp_path):
@@ -84,7 +131,7 @@ def test_a_secrets_file_that_cannot_be_read(deploy, password_broker, tmp_path, v
     deployment = deploy(password_broker.port, **credentials)
     worker = deployment.start_worker("-Q", "add")
 
-    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    run_jobs(deployment, 3)
     warning = one_warning(worker, quiet_s=1)
     assert f"{variable}='{tmp_path / 'missing'}' can't be read: No such file or directory" in warning
     assert PASSWORD not in worker.log()
@@ -130,8 +177,33 @@ def test_a_certificate_of_another_ca(deploy, private_mosquitto, certificates, is
     deployment = deploy(broker.port, MQTT_USE_TLS="on", **own)
     worker = deployment.start_worker("-Q", "add")
 
-    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    run_jobs(deployment, 3)
     assert "MQTT_CA_CERT" in one_warning(worker)
+
+
+@pytest.mark.parametrize(("server", "variable"), [("foreign", "MQTT_CA_CERT"), ("elsewhere", "MQTT_BROKER")])
+def test_a_certificate_that_is_wrong_for_a_while(
+    deploy, listen, private_mosquitto, certificates, worker_id, server, variable
+):
+    (certificates / "other-names").write_text("subjectAltName=DNS:mqtt.example.org\n")
+    for name, ca, names in (("foreign", "another", "names"), ("elsewhere", "ca", "other-names")):
+        sign = ("x509", "-req", "-in", "server.csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-CAcreateserial")
+        openssl(*sign, "-days", "2", "-extfile", names, "-out", f"{name}.pem", cwd=certificates)
+    right = (certificates / "server.pem").read_bytes()
+    (certificates / "server.pem").write_bytes((certificates / f"{server}.pem").read_bytes())
+    broker = private_mosquitto(*tls_lines(certificates))
+    deployment = deploy(broker.port, MQTT_USE_TLS="on", MQTT_CA_CERT=str(certificates / "ca.pem"))
+    worker = deployment.start_worker("-Q", "add")
+    run_jobs(deployment)
+    assert variable in one_warning(worker)
+
+    broker.stop()
+    (certificates / "server.pem").write_bytes(right)
+    broker.start()
+
+    worker.wait_for_log("is back", 20)
+    listener = listen(broker.port, setup=knows_the_ca(certificates))
+    check_it_is_back(deployment, worker, listener, worker_id)
 
 
 def test_tls_with_a_broker_that_has_none_and_none_with_one_that_has(deploy, private_mosquitto, certificates, worker_id):
@@ -164,7 +236,7 @@ def test_a_client_certificate_that_cannot_be_read(deploy, certificates):
     deployment = deploy(8883, MQTT_USE_TLS="on", **files)
     worker = deployment.start_worker("-Q", "add")
 
-    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    run_jobs(deployment, 3)
     assert "MQTT_CLIENT_CERT" in one_warning(worker, quiet_s=1)
 
 
@@ -174,7 +246,7 @@ def test_a_key_with_a_passphrase_asks_nobody(deploy, certificates):
     deployment = deploy(8883, MQTT_USE_TLS="on", MQTT_CA_CERT=certificates / "ca.pem", **files)
     worker = deployment.start_worker("-Q", "add")
 
-    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    run_jobs(deployment, 3)
     assert "MQTT_CLIENT_KEY has a passphrase" in one_warning(worker, quiet_s=1)
 
 
@@ -183,6 +255,6 @@ def test_a_url_in_the_place_of_the_host_is_not_told(deploy, host):
     deployment = deploy(1883, MQTT_BROKER=host)
     worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
 
-    assert deployment.task.add.delay(1, 2).get(timeout=20) == 3
+    run_jobs(deployment, 3)
     assert "MQTT_BROKER is a" in one_warning(worker, quiet_s=1)
     assert "hunter2" not in worker.log()

@@ -2,12 +2,14 @@
 
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from tasks.settings import read_settings
 from tasks.sinks import topics
+from tests.mqtt.said import one_warning, warnings
 from tests.mqtt.tools import event
 from tests.services import PrivateMosquitto, free_port
 
@@ -212,6 +214,64 @@ def test_check_tells_a_worker_whose_name_is_not_its_user(as_user):
 
     assert result.exit_code == 1
     assert re.search(r"publish   failed .*look at its ACL, MQTT_USERNAME and WORKER_ID", result.stdout)
+
+
+@pytest.fixture
+def deploy_as(as_user, deploy):
+    """`deploy_as("worker-1", worker_id)`: a deployment whose worker is this user of the broker with users and ACL."""
+
+    def start(user, worker_id):
+        settings = as_user(user, WORKER_ID=worker_id)
+        return deploy(settings.settings.mqtt_port, **{n: settings.env[n] for n in settings.env if n != "CL_SERVER_DIR"})
+
+    return start
+
+
+@pytest.fixture
+def monitoring(as_user, listen):
+    """What the user monitor hears of all that is published."""
+    settings = as_user("monitor").settings
+    return listen(
+        settings.mqtt_port,
+        prefix=EVENTS.partition("/")[0],
+        setup=lambda client: client.username_pw_set(settings.mqtt_username, settings.mqtt_password),
+    )
+
+
+@pytest.mark.slow
+def test_a_real_worker_is_heard_by_the_monitor_until_it_is_killed(deploy_as, monitoring):
+    deployment = deploy_as("worker-1", "worker-1")
+    worker = deployment.start_worker("--concurrency=2", "-Q", "add,report")
+
+    shown = monitoring.wait_for_capability("worker-1", 20)
+    assert shown["capabilities"] == ["add", "report"]
+    assert shown["idle_count"] == 2
+    job, reporting = deployment.task.add.delay(40, 2), deployment.task.report.delay(2.0)
+    for one in (job, reporting):
+        monitoring.wait_for_change(one, "completed")
+        kinds = [change["event_type"] for change in monitoring.changes(one)]
+        assert kinds == ["queued", "processing", "processing", "completed"]
+    assert monitoring.changes(job)[-1]["data"] == {"result": 42}
+    assert 40.0 in [event["progress"] for event in monitoring.events(reporting)]
+    assert warnings(worker) == []
+
+    worker.kill9()
+
+    monitoring.wait_until_gone("worker-1", 5)
+    assert {heard.topic for heard in monitoring.heard} == {own("worker-1"), EVENTS}
+
+
+@pytest.mark.slow
+def test_a_real_worker_whose_name_is_not_its_user_is_not_shown_and_says_so(deploy_as, monitoring):
+    deployment = deploy_as("worker-1", "worker-2")
+    worker = deployment.start_worker("-Q", "add")
+
+    monitoring.wait_for_change(deployment.task.add.delay(1, 2), "completed")
+    assert "refuses messages" in one_warning(worker, quiet_s=1)
+    worker.kill9()
+    time.sleep(1)
+
+    assert {heard.topic for heard in monitoring.heard} == {EVENTS}
 
 
 # Those who watch

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from tests.services import free_port
+from tests.tooling.waiting import eventually
 
 PASSWORD = "s3cret-and-long"
 COMMANDS = ("watch", "workers", "cleanup mt/#", "replay --since 1h --publish")
@@ -97,6 +98,14 @@ def test_every_step_is_told(tools):
     assert all(re.match(r"ok .* \d+ ms$", text) for text in done.values())
     assert events.startswith(f"untried  whether this user may publish to {tools.settings.mqtt_topic} (MQTT_TOPIC)")
     assert f"127.0.0.1:{tools.settings.mqtt_port}, MQTT 5, without a user name" in done["connect"]
+
+
+def test_what_others_hear_of_it_are_probes(tools, listener):
+    assert steps(tools)[1] == 0
+
+    eventually(lambda: len(listener.heard) == 2, message=lambda: str(listener.heard))
+    assert {heard.topic for heard in listener.heard} == {f"{tools.prefix}/workers/worker-1/check"}
+    assert {(heard.qos, heard.is_retained) for heard in listener.heard} == {(1, False)}
 
 
 def test_it_leaves_nothing_and_nobody_takes_it_for_a_worker(tools):

@@ -143,5 +143,3 @@ def test_it_says_what_the_relay_said(deployment, listener, worker_id, tools_for,
     tools = tools_for(mosquitto.port, mosquitto.topic_prefix)
 
     assert payloads(tools.mqtt("replay", "--job", job.id, "--json")) == listener.changes(job)
-    for heard in listener.heard:
-        validate(heard.topic, heard.text)
