@@ -47,7 +47,7 @@ def follow(self: Job, file: str) -> None:
         if line == "retry" and not self.request.retries:
             raise TransientError("one more attempt")
         if line.isdecimal():
-            self.progress(float(line))
+            self.progress(float(line), stage=line)
         time.sleep(0.05)
 
 

@@ -154,7 +154,7 @@ def test_progress_never_falls_within_an_attempt_and_begins_anew_with_the_next(
 
     def reach(job, percent):
         files[jobs.index(job)].write_text(f"{percent}\n")
-        eventually(lambda: deployment.row(job)["progress"] == percent, 20)
+        eventually(lambda: deployment.row(job)["stage"] == str(percent), 20)
 
     def hear(job, percent):
         eventually(lambda: percent in [event["data"].get("progress") for event in listener.events(job)], 20)
