@@ -287,7 +287,11 @@ SEQUEL_DUE: Final = case((_job.sequel == PENDING, DUE), else_=_job.sequel)
 PROGRESS: Final = (
     update(task_queue)
     .where(of_attempt)
-    .values(progress=bindparam("b_progress"), stage=bindparam("b_stage"), updated_at=bindparam("b_now"))
+    .values(
+        progress=case((_job.progress > bindparam("b_progress"), _job.progress), else_=bindparam("b_progress")),
+        stage=bindparam("b_stage"),
+        updated_at=bindparam("b_now"),
+    )
 )
 OWNS: Final = Prepared(select(literal(1)).select_from(task_queue).where(of_attempt))
 JOB: Final = select(task_queue).where(of_job)

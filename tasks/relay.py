@@ -65,6 +65,7 @@ class Relay:
         self._sink: Final = sink
         self._has_duty: Final = has_duty
         self._look_at_duty = self._look_at_progress = self._look_anyway = self._record_at = self._idle_at = 0.0
+        self._has_begun = False
         self._news: object = None
         self._looks = 0
         self._log: LogReader | None = None
@@ -80,6 +81,9 @@ class Relay:
 
         A wait of IDLE_S ends when the sink has confirmed all, or opens.
         """
+        if not self._has_begun:
+            self._app.store.begin_relay(DUTY)
+            self._has_begun = True
         if not self._sink.is_open:
             self.leave()
             return IDLE_S

@@ -182,7 +182,7 @@ class Attempts(Part):
             return statements.OWNS.first(connection, bound) is not None
 
     def progress(self, job_id: str, attempt: int, *, percent: float, stage: str | None = None) -> bool:
-        """Write how far the attempt is, 0-100. Not a transition: no log row, no sequence number."""
+        """Write how far the attempt is, 0-100; it never falls. Not a transition: no log row, no sequence number."""
         with self._changing() as connection:
             bound = {"b_job_id": job_id, "b_attempt": attempt, "b_progress": percent, "b_now": now()}
             return connection.execute(statements.PROGRESS, bound | {"b_stage": text(stage, 255)}).rowcount == 1

@@ -13,6 +13,7 @@ from typing import Final
 from sqlalchemy import RowMapping, Text, bindparam, case, cast, func, or_, select, text, update
 
 from db.models import duties, task_logs, task_queue, worker_leases
+from db.records import now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part
 
@@ -65,17 +66,21 @@ _WRITERS: Final = text(
 class Relaying(Part):
     """Reads for a relay, and its place in the log, which is kept with its duty."""
 
-    def relay_position(self, duty: str, lease: str) -> int | None:
-        """The id of the last log row that was told; None if the lease does not hold the duty.
-
-        At the very first time it is the last row that there is: what happened before is not told.
-        """
-        is_mine = (duties.c.name == duty) & (duties.c.holder == lease)
+    def begin_relay(self, duty: str) -> None:
+        """Fix where the log is told from, at the very first time: what was written before is not told."""
         end = select(func.coalesce(func.max(_log.id), 0)).scalar_subquery()
+        new = self._insert(duties).values(name=duty, position=end, since=now())
+        is_first = duties.c.position.is_(None)
         with self._changing() as connection:
-            connection.execute(update(duties).where(is_mine, duties.c.position.is_(None)).values(position=end))
-            position: int | None = connection.execute(select(duties.c.position).where(is_mine)).scalar()
-            return position
+            connection.execute(
+                new.on_conflict_do_update(index_elements=["name"], set_={"position": end}, where=is_first)
+            )
+
+    def relay_position(self, duty: str, lease: str) -> int | None:
+        """The id of the last log row that was told; None if the lease does not hold the duty."""
+        is_mine = (duties.c.name == duty) & (duties.c.holder == lease)
+        with self._reading() as connection:
+            return connection.execute(select(duties.c.position).where(is_mine)).scalar()
 
     def relay_reached(self, duty: str, lease: str, position: int) -> bool:
         """Keep how far the log is told, never less than before; False if the lease does not hold the duty."""

@@ -67,6 +67,18 @@ class TestFences:
         assert not store.progress(job.job_id, attempt, percent=10.0)
         assert row_of(store, job)["progress"] == 100.0
 
+    def test_progress_does_not_fall_within_an_attempt_and_begins_anew_with_the_next(self, store):
+        job, attempt = running(store)
+
+        store.progress(job.job_id, attempt, percent=60.0, stage="encode")
+        assert store.progress(job.job_id, attempt, percent=20.0, stage="again")
+        assert (row_of(store, job)["progress"], row_of(store, job)["stage"]) == (60.0, "again")
+
+        store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
+        again = claim(store, job, publication=2).attempt
+        store.progress(job.job_id, again, percent=20.0)
+        assert row_of(store, job)["progress"] == 20.0
+
 
 class TestEnds:
     def test_a_completed_job_holds_its_result(self, store):

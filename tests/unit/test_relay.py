@@ -176,6 +176,21 @@ def test_the_place_in_the_log_never_goes_back(relay, store, producer):
     assert store.relay_position("relay", producer.app.lease) == 7
 
 
+def test_what_happens_while_the_broker_is_away_from_the_very_first_start_on_is_told_when_it_comes(
+    producer, store, sink
+):
+    enqueue(store, "before")
+    relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
+    sink.is_open = False
+
+    relay.round()
+    enqueue(store, "meanwhile")
+    sink.is_open = True
+    relay.round()
+
+    assert [event["job_id"] for event in sink.told] == ["meanwhile"]
+
+
 def test_the_first_relay_begins_at_the_end(producer, store, sink):
     enqueue(store, "before")
     relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
