@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from db import schema
 from tests.acceptance.deployment import Deployment, deployed
 from tests.tooling.worker import Worker
 
@@ -47,6 +48,27 @@ def own_env() -> dict[str, Any]:
 def own(server_dir: Path, tmp_path: Path, own_env: dict[str, Any]) -> Iterator[Deployment]:
     """A deployment of this test's own, to be harmed."""
     with deployed(server_dir, tmp_path, own_env) as deployment:
+        yield deployment
+
+
+@pytest.fixture(params=["embedded", "rabbitmq", "redis"])
+def broker(request: pytest.FixtureRequest) -> str:
+    """A test that takes it, or `own_on_broker`, runs on each; on fewer by `parametrize("broker", …, indirect=True)`."""
+    return str(request.param)
+
+
+@pytest.fixture
+def own_on_broker(
+    request: pytest.FixtureRequest, broker: str, server_dir: Path, tmp_path: Path, own_env: dict[str, Any]
+) -> Iterator[Deployment]:
+    """As `own`, on a broker: the embedded one with SQLite, RabbitMQ or Redis with PostgreSQL."""
+    env = dict(own_env)
+    if broker != "embedded":
+        env["CELERY_BROKER_URL"] = request.getfixturevalue(f"fresh_{broker}_url")
+        env["DATABASE_URL"] = request.getfixturevalue("fresh_postgres_url")
+    with deployed(server_dir, tmp_path, env) as deployment:
+        if broker != "embedded":
+            schema.upgrade(deployment.app.store.database)
         yield deployment
 
 

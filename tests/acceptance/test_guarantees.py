@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import pyvips
@@ -27,25 +28,14 @@ pytestmark = pytest.mark.slow
 COMPLETED = ["created", "claimed", "started", "completed"]
 TAKEN_OVER = ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
 GET = {"timeout": 60}
-BROKERS = ["embedded", "rabbitmq", "redis"]
 AGAIN_WITHIN_S = {"embedded": 3, "rabbitmq": 5, "redis": 30}
-
-
-@pytest.fixture(params=BROKERS)
-def broker(request):
-    return request.param
+GONE_WITHIN_S = 3
+MEGABYTE = 1 << 20
 
 
 @pytest.fixture
-def own(request, broker, server_dir, tmp_path):
-    env = {}
-    if broker != "embedded":
-        env["CELERY_BROKER_URL"] = request.getfixturevalue(f"fresh_{broker}_url")
-        env["DATABASE_URL"] = request.getfixturevalue("fresh_postgres_url")
-    with deployed(server_dir, tmp_path, env) as deployment:
-        if broker != "embedded":
-            schema.upgrade(deployment.app.store.database)
-        yield deployment
+def own(own_on_broker):
+    return own_on_broker
 
 
 def empty(own, broker):
@@ -64,6 +54,25 @@ def empty(own, broker):
                         channel.queue_purge(queue)
                     except connection.channel_errors:
                         continue
+
+
+def results(jobs, within_s):
+    """What the jobs return, all of them before one deadline."""
+    deadline = time.monotonic() + within_s
+    return [job.get(timeout=max(deadline - time.monotonic(), 0.1)) for job in jobs]
+
+
+def resident_bytes(pid):
+    """The memory that a process has in use."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def held_by_workers(own):
+    """What `inspect` shows of jobs that lie in the memory of a worker and do not run."""
+    inspect = own.app.control.inspect(timeout=20, limit=len(own.workers))
+    replies = [inspect.scheduled(), inspect.reserved()]
+    assert all(replies), "the worker answers"
+    return [held for reply in replies for jobs in reply.values() for held in jobs]
 
 
 def events_of_all(own, jobs):
@@ -151,14 +160,16 @@ class TestWholeWorkerKilled:
 class TestBrokerEmptied:
     def test_every_job_is_completed_once_within_ninety_seconds(self, own, task, broker, tmp_path):
         own.start_worker("--concurrency=2")
-        running = [task.note.delay(str(tmp_path / f"running-{n}"), "running", 3.0) for n in range(2)]
+        running = [task.note.delay(str(tmp_path / f"running-{n}"), "running", 10.0) for n in range(2)]
         eventually(lambda: all(lines(tmp_path / f"running-{n}") for n in range(2)), 20)
         waiting = [task.note.delay(str(tmp_path / f"waiting-{n}"), str(n), 0.05) for n in range(40)]
 
         empty(own, broker)
 
-        assert [job.get(timeout=90) for job in waiting] == [str(n) for n in range(40)]
-        assert [job.get(**GET) for job in running] == ["running"] * 2
+        assert results([*waiting, *running], 90) == [*map(str, range(40)), "running", "running"]
+        republished = [job for job in waiting if "republished" in own.events(job)]
+        assert len(republished) >= 30, "all have lost their messages but those that the worker had reserved"
+        assert {own.events(job).count("completed") for job in [*waiting, *running]} == {1}
         assert all(len(lines(tmp_path / f"waiting-{n}")) == 2 for n in range(40))
         assert all(len(lines(tmp_path / f"running-{n}")) == 2 for n in range(2))
 
@@ -176,6 +187,8 @@ class TestBrokerEmptied:
 
 
 class TestDuplicateDeliveryAndZombies:
+    """Zombies that were taken for dead, and what they may not write: test_zombies.py."""
+
     def test_an_attempt_that_was_taken_over_neither_completes_nor_writes(self, own, task, tmp_path):
         own.start_worker("--concurrency=2")
         job = task.note.delay(str(tmp_path / "runs"), "job", 4.0)
@@ -189,22 +202,7 @@ class TestDuplicateDeliveryAndZombies:
         eventually(lambda: len(lines(tmp_path / "runs", "end")) == 2, 20)
         assert own.events(job) == TAKEN_OVER
 
-    def test_a_zombie_leaves_the_output_of_its_successor_alone(self, own, task, tmp_path):
-        own.start_worker("--concurrency=2", "-Q", "image_resize")
-        (pyvips.Image.perlin(5000, 5000, cell_size=50) * 100 + 128).cast("uchar").pngsave(
-            str(tmp_path / "in.png"), compression=1
-        )
-        job = task.image_resize.delay(tmp_path / "in.png", tmp_path / "out.webp", width=2000)
-        row = own.wait_for(job, "running")
-
-        own.app.store.close(job.id, row["attempt"], reason="taken for dead")
-
-        assert job.get(**GET)["width"] == 2000
-        assert own.row(job)["status"] == "completed"
-        assert own.events(job).count("completed") == 1
-        eventually(lambda: list(tmp_path.glob(".media-tasks-*")) == [], 20)
-
-    def test_a_worker_that_is_stopped_and_continued_does_no_job_twice(self, own, task, tmp_path):
+    def test_a_worker_that_is_stopped_for_a_moment_does_no_job_twice(self, own, task, tmp_path):
         first = own.start_worker("--concurrency=1")
         jobs = [task.note.delay(str(tmp_path / f"{n}"), str(n), 0.3) for n in range(10)]
         eventually(lambda: lines(tmp_path / "0"), 20)
@@ -430,7 +428,7 @@ class TestSigtermSigint:
 
 
 class TestCancel:
-    def test_a_queued_job_never_starts_also_after_a_restart(self, own, task, tmp_path):
+    def test_a_queued_job_never_starts(self, own, task, tmp_path):
         from tasks import control
 
         job = task.note.delay(str(tmp_path / "never"), "job")
@@ -444,6 +442,42 @@ class TestCancel:
         assert own.row(job)["status"] == "cancelled"
         assert job.state == "REVOKED"
 
+    def test_a_job_that_waits_for_a_busy_worker_never_starts_also_after_its_restart(self, own, task, tmp_path):
+        from tasks import control
+
+        first = own.start_worker("--concurrency=1")
+        busy = task.note.delay(str(tmp_path / "busy"), "busy", 4.0)
+        eventually(lambda: lines(tmp_path / "busy"), 20)
+        # One that the worker has reserved, and others that stand in the queue.
+        waiting = [task.note.delay(str(tmp_path / "never"), str(n)) for n in range(4)]
+
+        assert all(control.cancel(job.id, app=own.app) for job in waiting)
+        first.kill9_everything()
+        own.start_worker("--concurrency=1")
+        after = task.note.apply_async((str(tmp_path / "after"), "after"), priority=1)
+
+        assert after.get(**GET) == "after"  # behind all the others
+        assert busy.get(**GET) == "busy"
+        assert [own.events(job) for job in waiting] == [["created", "cancelled"]] * 4
+        assert not (tmp_path / "never").exists()
+
+    def test_a_program_that_a_running_job_has_started_is_gone_within_three_seconds(self, own, task, tmp_path):
+        from tasks import control
+
+        own.start_worker("--concurrency=1")
+        job = task.stay.delay(str(tmp_path / "runs"), 60.0, True)
+        eventually(lambda: lines(tmp_path / "runs.started"), 20)
+        own.wait_for(job, "running")
+        program = int(lines(tmp_path / "runs.started")[0])
+        assert processes.is_running(program)
+
+        control.cancel(job.id, app=own.app)
+
+        eventually(lambda: not processes.is_running(program), GONE_WITHIN_S)
+        assert task.add.delay(1, 1).get(**GET) == 2
+        assert own.events(job) == ["created", "claimed", "started", "cancelled"]
+        assert lines(tmp_path / "runs") == ["begin"]
+
     def test_the_process_of_a_running_job_is_gone_within_three_seconds(self, own, task, tmp_path):
         from tasks import control
 
@@ -455,7 +489,7 @@ class TestCancel:
 
         control.cancel(job.id, app=own.app)
 
-        eventually(lambda: not processes.is_running(pid), 3)
+        eventually(lambda: not processes.is_running(pid), GONE_WITHIN_S)
         after = task.add.delay(1, 1)
         assert after.get(**GET) == 2
         assert own.events(job) == ["created", "claimed", "started", "cancelled"]
@@ -473,7 +507,7 @@ class TestCancel:
 
         control.cancel(job.id, app=own.app)
 
-        eventually(lambda: not list(tmp_path.glob(".media-tasks-*")), 3)
+        eventually(lambda: not list(tmp_path.glob(".media-tasks-*")), GONE_WITHIN_S)
         assert not (tmp_path / "out.avif").exists()
         assert own.row(job)["status"] == "cancelled"
 
@@ -488,6 +522,36 @@ class TestCancel:
         own.start_worker("--concurrency=1")
         assert task.add.delay(1, 1).get(**GET) == 2
         assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("broker", ["embedded"], indirect=True)
+class TestDueLater:
+    # By the row, and by a message of a producer without the database, which comes to the worker.
+    @pytest.mark.parametrize("own_env", [{"ENQUEUE": "strict"}, {"ENQUEUE": "broker"}], ids=["strict", "broker"])
+    def test_a_thousand_etas_and_retries_take_none_of_a_workers_memory(self, own, task):
+        worker = own.start_worker("--concurrency=1")
+        self.submit(own, task, 100)  # what a worker needs but once
+        assert held_by_workers(own) == []
+        before_bytes = resident_bytes(worker.pid)
+
+        self.submit(own, task, 1000)
+
+        assert held_by_workers(own) == []
+        assert resident_bytes(worker.pid) - before_bytes < 4 * MEGABYTE
+
+    @staticmethod
+    def submit(own, task, count):
+        """Jobs that are due in an hour: so many ETAs, and five retries."""
+        jobs = [task.add.apply_async((n, 1), countdown=3600) for n in range(count)]
+        jobs += [task.be_limited.delay(3600) for _ in range(5)]
+        ids = [job.id for job in jobs]
+
+        def resting():
+            rows = own.app.store.jobs_by_id(ids)
+            return [row for row in rows if row["published_at"] is None and row["run_after_utc"] is not None]
+
+        eventually(lambda: len(resting()) == len(jobs), 60, lambda: f"{len(resting())} of {len(jobs)} rest")
+        assert sum(row["retry_count"] for row in resting()) == 5
 
 
 class TestBadInput:

@@ -1,6 +1,9 @@
 """The core of it on the servers that people scale out to: RabbitMQ and Redis as brokers, with PostgreSQL."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,7 +13,8 @@ from kombu import Queue
 
 from db import schema
 from tests.acceptance.conftest import DEPLOYMENT
-from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
+from tests.acceptance.deployment import REPOSITORY, deployed, kill_pool_child_that_notes, lines
+from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
 
 COMPLETED = ["created", "claimed", "started", "completed"]
@@ -130,3 +134,28 @@ def test_jobs_of_higher_priority_run_first(deployment, task, tmp_path):
     # Two children start side by side and each has one job in reserve: neighbours may swap.
     assert order[:2] != [1, 4]
     assert max(abs(order.index(p) - place) for place, p in enumerate((10, 9, 7, 4, 2, 1)) if place > 2) <= 2
+
+
+def test_a_job_of_a_producer_without_the_database_gets_its_row_at_the_worker(deployment, tmp_path):
+    pyvips.Image.black(60, 40).pngsave(str(tmp_path / "in.png"))
+    submit = "from tasks import image_resize; print(image_resize.delay('in.png', 'out.webp', width=30).id)"
+    env = {
+        **without_settings(os.environ),
+        "PYTHONPATH": str(REPOSITORY),
+        "CL_SERVER_DIR": str(tmp_path / "not-used"),
+        "ENQUEUE": "broker",
+        "CELERY_BROKER_URL": deployment.env["CELERY_BROKER_URL"],
+        "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/not-used",
+    }
+
+    producer = [sys.executable, "-c", submit]
+    done = subprocess.run(producer, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    job = done.stdout.strip()
+    row = deployment.wait_for(job, "completed")
+    assert deployment.events(job) == COMPLETED
+    assert row["parameters"] == {"input": str(tmp_path / "in.png"), "output": str(tmp_path / "out.webp"), "width": 30}
+    image = pyvips.Image.new_from_file(str(tmp_path / "out.webp"))
+    assert (image.width, image.height) == (30, 20)
+    assert not (tmp_path / "not-used").exists()
