@@ -445,7 +445,7 @@ class TestCancel:
     def test_a_job_that_waits_for_a_busy_worker_never_starts_also_after_its_restart(self, own, task, tmp_path):
         from tasks import control
 
-        first = own.start_worker("--concurrency=1")
+        first = own.start_worker("--concurrency=1", "--prefetch-multiplier=2")
         busy = task.note.delay(str(tmp_path / "busy"), "busy", 4.0)
         eventually(lambda: lines(tmp_path / "busy"), 20)
         # One that the worker has reserved, and others that stand in the queue.
@@ -524,6 +524,7 @@ class TestCancel:
         assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.skipif(not processes.HAS_PROC, reason="memory is read in /proc")
 @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
 class TestDueLater:
     # By the row, and by a message of a producer without the database, which comes to the worker.
