@@ -38,7 +38,7 @@ class DriverStatement:
 
 
 class Prepared:
-    """A statement that runs for every job, without an IN of a list; the columns that it returns are texts and numbers."""
+    """A statement that runs for every job, without an IN of a list; what it returns are texts and numbers."""
 
     def __init__(self, statement: Any) -> None:
         self.statement: Final = statement
