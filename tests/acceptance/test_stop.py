@@ -192,7 +192,8 @@ def test_a_worker_that_is_asked_to_stop_as_well_does_not_start_anew(own, task, t
 
 @pytest.fixture
 def terminal(own, tmp_path):
-    """The first worker's output is a terminal; calling this closes it."""
+    """The first worker's output is a terminal; calling this closes it. Under nohup, workers would ignore that."""
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     ours, theirs = pty.openpty()
     (tmp_path / "worker-1.log").symlink_to(os.ttyname(theirs))
     is_closed = threading.Event()
@@ -209,6 +210,7 @@ def terminal(own, tmp_path):
     is_closed.set()
     os.close(theirs)
     reader.join(10)
+    signal.signal(signal.SIGHUP, outside)
 
 
 @pytest.mark.parametrize("pool", POOLS)
