@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -17,14 +18,16 @@ from paho.mqtt.enums import CallbackAPIVersion
 from benchmarks.figures.resize import finish_jobs, fresh
 from benchmarks.measure import Options, Peer, Row, interleaved, percentile, ratio_row, skipped
 from benchmarks.photos import photos
-from benchmarks.workers import TOPICS, settings, worker
+from benchmarks.workers import HAS_CPU_CLOCKS, NO_CPU_CLOCKS, TOPICS, cpu_s, settings, worker
 from tests.services import HOST, PrivateMosquitto, ServiceMissing, free_port
 from tests.tooling.waiting import eventually
+from tests.tooling.worker import Worker
 
 SIZE_PX = 400
 STATES = ("up", "down", "frozen")
 COST, COST_TARGET = "image_resize to 400 px, Mosquitto {}, against BROADCAST_TYPE=noop", "≥ 0.98"
 SEEN, SEEN_TARGET = "`completed` seen by a subscriber, {}: p99", "≤ 100 ms"
+OWN, OWN_TARGET = "CPU of the jobs' own processes, Mosquitto up, against BROADCAST_TYPE=noop", "≤ 1.01"
 WILL, WILL_TARGET = "a worker's death seen by a subscriber, kill -9", "≤ 1 s"
 JOBS_ONE_BY_ONE, JOBS_UNDER_LOAD = "jobs one after the other", "while both cores resize"
 
@@ -50,6 +53,7 @@ def measure(options: Options) -> Iterator[Row]:
 def _figures() -> Iterator[tuple[str, str]]:
     for state in STATES:
         yield COST.format(state), COST_TARGET
+    yield OWN, OWN_TARGET
     for load in (JOBS_UNDER_LOAD, JOBS_ONE_BY_ONE):
         yield SEEN.format(load), SEEN_TARGET
     yield WILL, WILL_TARGET
@@ -59,31 +63,56 @@ def _costs(options: Options, broker: PrivateMosquitto, frozen: PrivateMosquitto)
     images, _ = photos(options)
     images = images * (8 if options.is_quick else 12)
     with ExitStack() as stack:
-        runs = {
-            "noop": stack.enter_context(_resizing(options, "noop", BROADCAST_TYPE="noop")),
-            "up": stack.enter_context(_resizing(options, "up", **_told_to(broker.port))),
-            "down": stack.enter_context(_resizing(options, "down", **_told_to(free_port()))),
-            "frozen": stack.enter_context(_resizing(options, "frozen", **_told_to(frozen.port))),
-        }
-        runs["frozen"] = partial(_while_frozen, frozen, runs["frozen"])
+        noop, up, down, silent = (
+            stack.enter_context(_resizing(options, name, **environment))
+            for name, environment in {
+                "noop": {"BROADCAST_TYPE": "noop"},
+                "up": _told_to(broker.port),
+                "down": _told_to(free_port()),
+                "frozen": _told_to(frozen.port),
+            }.items()
+        )
+        runs = {"noop": noop, "up": up, "down": down, "frozen": partial(_while_frozen, frozen, silent)}
         for run in runs.values():
             run(images[:8])
+        noop.own_cpu_ms, up.own_cpu_ms = [], []
         rates = interleaved({name: partial(_rested, run, images) for name, run in runs.items()}, options.rounds(5, 21))
+        own_cpu_ms = (up.own_cpu_ms, noop.own_cpu_ms)
         with Subscriber(broker.port) as subscriber:
             for _ in range(options.rounds(2, 5)):
-                runs["up"](images)
+                up(images)
             delays_ms = subscriber.delays_ms(len(images) * options.rounds(2, 5))
     for state in STATES:
         yield ratio_row(COST.format(state), COST_TARGET, rates[state], rates["noop"], unit="images/s", against="noop")
+    if HAS_CPU_CLOCKS:
+        yield ratio_row(OWN, OWN_TARGET, *own_cpu_ms, unit="ms an image", against="noop")
+    else:
+        yield skipped(OWN, OWN_TARGET, NO_CPU_CLOCKS)
     yield _seen(JOBS_UNDER_LOAD, delays_ms)
 
 
+class _Resizing:
+    """A worker and its producer: call it with images, and it tells how many it did in a second.
+
+    `own_cpu_ms` has the CPU time that the pool children took for an image, of each call so far.
+    """
+
+    def __init__(self, running: Worker, producer: Peer, outputs: Path) -> None:
+        self._running, self._producer, self._outputs = running, producer, outputs
+        self.own_cpu_ms: list[float] = []
+
+    def __call__(self, images: list[str]) -> float:
+        before = cpu_s(self._running.child_pids())
+        rate = float(self._producer.run(finish_jobs, images, fresh(self._outputs), SIZE_PX, True))
+        self.own_cpu_ms.append(1000 * (cpu_s(self._running.child_pids()) - before) / len(images))
+        return rate
+
+
 @contextmanager
-def _resizing(options: Options, name: str, **more: str) -> Iterator[Run]:
+def _resizing(options: Options, name: str, **more: str) -> Iterator[_Resizing]:
     environment = settings(options.folder / f"mqtt-{name}", **more)
-    with worker("tasks", options, environment, queues="image_resize"), Peer(environment) as producer:
-        outputs = options.folder / f"mqtt-{name}-outputs"
-        yield lambda images: float(producer.run(finish_jobs, images, fresh(outputs), SIZE_PX, True))
+    with worker("tasks", options, environment, queues="image_resize") as running, Peer(environment) as producer:
+        yield _Resizing(running, producer, options.folder / f"mqtt-{name}-outputs")
 
 
 def _rested(run: Run, images: list[str]) -> float:

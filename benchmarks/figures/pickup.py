@@ -1,12 +1,11 @@
 """An idle worker: how soon it begins a job (publish to the body's first line), and what it costs while it waits."""
 
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.measure import Options, Peer, Row, percentile
-from benchmarks.workers import settings, worker
+from benchmarks.measure import Options, Peer, Row, percentile, skipped
+from benchmarks.workers import HAS_CPU_CLOCKS, NO_CPU_CLOCKS, cpu_s, settings, worker
 from tests.services import HOST, PrivateMosquitto, ServiceMissing
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import Worker
@@ -55,12 +54,12 @@ def _row(what: str, latencies_ms: list[float]) -> Row:
 
 def _idle_row(running: Worker, seconds: float, what: str) -> Row:
     figure, target = f"CPU of an idle worker, prefork 2, that has all duties {what}", "≤ 1 %"
-    if not Path("/proc/self/stat").exists():
-        return Row(figure=figure, target=target, measured="skipped: no /proc")
+    if not HAS_CPU_CLOCKS:
+        return skipped(figure, target, NO_CPU_CLOCKS)
     time.sleep(1)
-    before = _cpu_s(running)
+    before = cpu_s([running.pid, *running.child_pids()])
     time.sleep(seconds)
-    percent = 100 * (_cpu_s(running) - before) / seconds
+    percent = 100 * (cpu_s([running.pid, *running.child_pids()]) - before) / seconds
     return Row(
         figure=figure,
         target=target,
@@ -68,14 +67,6 @@ def _idle_row(running: Worker, seconds: float, what: str) -> Row:
         detail=f"user + system time of main and children over {seconds:.0f} s",
         value=percent,
     )
-
-
-def _cpu_s(running: Worker) -> float:
-    ticks = 0
-    for pid in (running.pid, *running.child_pids()):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _latencies_ms_of_tasks(count: int, folder: str) -> list[float]:

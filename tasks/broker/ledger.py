@@ -4,14 +4,16 @@ In: a Celery app's broker connection. Out: counts and ids. Only the embedded bro
 Redis count those that no consumer has reserved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from kombu.exceptions import ChannelError
 
 from tasks.broker.errors import BrokerReplaced
-from tasks.broker.messages import MessageStore
+from tasks.broker.messages import Addressed, MessageStore
+
+IN_ONE_LOOK = 1000
 
 
 class Ledger(Protocol):
@@ -22,6 +24,9 @@ class Ledger(Protocol):
 
     def held(self, ids: Sequence[str]) -> set[str] | None:
         """Those task ids of which the broker has a message, reserved or not; None if it can't tell."""
+
+    def pages(self) -> Iterator[Sequence[Addressed]] | None:
+        """All messages that carry a task id, reserved or not, some at a time; None if it can't tell."""
 
 
 class EmbeddedLedger:
@@ -36,6 +41,15 @@ class EmbeddedLedger:
 
     def held(self, ids: Sequence[str]) -> set[str] | None:
         return self._store.held(ids) if self._is_open() else set()
+
+    def pages(self) -> Iterator[Sequence[Addressed]] | None:
+        return self._pages()
+
+    def _pages(self) -> Iterator[Sequence[Addressed]]:
+        last = 0
+        while self._is_open() and (page := self._store.addressed(last, IN_ONE_LOOK)):
+            yield page
+            last = page[-1].id
 
     def _is_open(self) -> bool:
         if not self._path.exists():
@@ -65,6 +79,9 @@ class CountingLedger:
                 return 0  # no such queue: no message
 
     def held(self, ids: Sequence[str]) -> set[str] | None:  # noqa: ARG002 (it can't tell)
+        return None
+
+    def pages(self) -> Iterator[Sequence[Addressed]] | None:
         return None
 
 

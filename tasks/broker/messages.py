@@ -79,6 +79,9 @@ _TAKE = "DELETE FROM messages" + _NEXT + _RETURNING  # noqa: S608  # constants
 _PURGE = """
 DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE queue = ? AND owner IS NULL LIMIT ?)
 """
+_ADDRESSED = """
+SELECT id, queue, correlation_id, envelope FROM messages WHERE id > ? AND correlation_id IS NOT NULL ORDER BY id LIMIT ?
+"""
 _EXPIRE = "DELETE FROM messages WHERE expires_at <= ? AND owner IS NULL"
 _EXPIRED = "SELECT 1 FROM messages WHERE expires_at <= ? AND owner IS NULL LIMIT 1"
 _UNUSED_QUEUES = """
@@ -117,6 +120,16 @@ class Delivery:
     count: int
     envelope: str
     body: str | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """A message that stays where it is, ready or reserved, and whom it is for (Celery: the task id)."""
+
+    id: int
+    queue: str
+    correlation_id: str
+    envelope: str
 
 
 class MessageStore:
@@ -211,6 +224,11 @@ class MessageStore:
         with self._database.transaction(write=False) as db:
             find = "SELECT 1 FROM messages WHERE correlation_id = ? LIMIT 1"
             return {id_ for id_ in correlation_ids if db.execute(find, (id_,)).fetchone()}
+
+    def addressed(self, after: int, limit: int) -> list[Addressed]:
+        """Return the messages with a correlation id that follow the one with that id, ready or reserved."""
+        with self._database.transaction(write=False) as db:
+            return [Addressed(*row) for row in db.execute(_ADDRESSED, (after, limit))]
 
     def purge(self, queue: str) -> int:
         """Delete the ready messages of a queue and return their number."""

@@ -100,7 +100,7 @@ def between_two_looks(monkeypatch):
 def test_all_messages_that_no_row_waits_for_are_found_also_those_that_a_worker_has(
     producer, app, add, between_two_looks, monkeypatch
 ):
-    monkeypatch.setattr("tasks.cli.strays.IN_ONE_LOOK", 2)
+    monkeypatch.setattr("tasks.broker.ledger.IN_ONE_LOOK", 2)
     jobs = [add.delay(n, n) for n in range(5)]
     for job in jobs[:4]:
         change(app, job, status="cancelled")
@@ -130,7 +130,7 @@ def test_a_broker_file_that_can_not_be_read_is_named_and_one_that_is_missing_hol
     assert list(strays.stray_messages(app)) == []
     (producer.server_dir / "broker.db").write_text("this is no database" * 100)
 
-    with pytest.raises(OperationalError, match=r"broker\.db: file is not a database"):
+    with pytest.raises(OperationalError, match=r"broker\.db: it is no SQLite database"):
         list(strays.stray_messages(app))
 
 
