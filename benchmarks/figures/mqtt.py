@@ -77,7 +77,7 @@ def _costs(options: Options, broker: PrivateMosquitto, frozen: PrivateMosquitto)
             run(images[:8])
         noop.own_cpu_ms, up.own_cpu_ms = [], []
         rates = interleaved({name: partial(_rested, run, images) for name, run in runs.items()}, options.rounds(5, 21))
-        own_cpu_ms = (up.own_cpu_ms, noop.own_cpu_ms)
+        own_cpu_ms = ([*up.own_cpu_ms], [*noop.own_cpu_ms])
         with Subscriber(broker.port) as subscriber:
             for _ in range(options.rounds(2, 5)):
                 up(images)
