@@ -1,6 +1,8 @@
 # Needs Python 3.11 or newer (with venv) and make; no root, no server. Everything is installed into .venv.
 
 PIP = .venv/bin/python -m pip --quiet --disable-pip-version-check
+# Tests mostly wait: two at a time take little more than half the time, and none shares a server's part with another.
+PYTEST = .venv/bin/python -m pytest --numprocesses=2 --dist=worksteal
 RELOCK = .venv/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 
@@ -19,7 +21,7 @@ demo: .venv/.runtime ## Resize and convert a folder of images and show it: make 
 	@.venv/bin/python examples/demo.py $${DEMO_INPUT:+--input "$$DEMO_INPUT"}
 
 test: .venv/.dev ## Run the tests but the slow ones; pytest's own arguments in ARGS: make test ARGS="-k broker"
-	@.venv/bin/python -m pytest -m "not slow and not storm" $(ARGS)
+	@$(PYTEST) -m "not slow and not storm" $(ARGS)
 
 lint: .venv/.dev ## Check style, types and the direction of imports
 	@.venv/bin/ruff check --quiet .
@@ -28,10 +30,10 @@ lint: .venv/.dev ## Check style, types and the direction of imports
 	@.venv/bin/lint-imports --no-logo
 
 slow: .venv/.dev ## Run the slow tests: workers that are killed and stopped in every way, on every broker
-	@.venv/bin/python -m pytest -m slow --ignore tests/mqtt $(ARGS)
+	@$(PYTEST) -m slow --ignore tests/mqtt $(ARGS)
 
 mqtt: .venv/.dev ## Run the slow tests against real Mosquittos: wills, outages, TLS, long runs
-	@.venv/bin/python -m pytest -m slow tests/mqtt $(ARGS)
+	@$(PYTEST) -m slow tests/mqtt $(ARGS)
 
 storm: .venv/.dev ## Run the short storms over RabbitMQ and Redis; `make test` has the one over the embedded broker
 	@.venv/bin/python -m pytest -m storm $(ARGS)

@@ -7,6 +7,7 @@ test itself from the installed program, so it may be stopped, frozen, killed and
 
 import contextlib
 import getpass
+import itertools
 import os
 import pwd
 import secrets
@@ -50,10 +51,20 @@ def unique_name() -> str:
     return f"media_tasks_test_{os.getpid()}_{secrets.token_hex(4)}"
 
 
+_ports = itertools.islice(itertools.cycle(range(10_000, 30_000)), os.getpid() * 101 % 20_000, None)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port on which nobody listens.
+
+    It lies below those that the system gives to connections (Linux: 32768 and up), and test processes that run side by
+    side begin in different places: nobody takes it before its server is started.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def find_program(name: str, *patterns: str) -> Path | None:
