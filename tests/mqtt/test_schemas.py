@@ -234,24 +234,24 @@ def test_a_wrong_event_is_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "changed",
     [
-        capability(extra=1),
-        capability(idle_count=-1),
-        capability(idle_count=None),
-        capability(capabilities="image_resize"),
-        capability(capabilities=["image_resize", "image_resize"]),
-        capability(capabilities=[1]),
-        capability(status="idle"),
-        capability(status="draining"),
-        capability(timestamp="now"),
-        capability(worker_id=""),
+        dict(extra=1),
+        dict(idle_count=-1),
+        dict(idle_count=None),
+        dict(capabilities="image_resize"),
+        dict(capabilities=["image_resize", "image_resize"]),
+        dict(capabilities=[1]),
+        dict(status="idle"),
+        dict(status="draining"),
+        dict(timestamp="now"),
+        dict(worker_id=""),
     ],
     ids=json.dumps,
 )
-def test_a_wrong_capability_is_refused(wrong):
+def test_a_wrong_capability_is_refused(changed):
     with pytest.raises(ValidationError):
-        validate(WORKER, json.dumps(wrong))
+        validate(WORKER, json.dumps(capability(**changed)))
 
 
 def test_a_capability_in_another_workers_topic_is_refused():

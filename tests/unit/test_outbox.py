@@ -271,7 +271,7 @@ def test_another_postgresql_database_is_refused_and_the_transaction_goes_on(host
     assert str(make_url(url).password) not in str(caught.value).replace("None", "")
 
 
-@pytest.mark.parametrize("connection", [None, "sqlite:///x.db", 7, object()], ids=str)
+@pytest.mark.parametrize("connection", [None, "sqlite:///x.db", 7, object()], ids=lambda given: type(given).__name__)
 def test_what_is_no_connection_is_refused_by_its_type(producer, connection):
     with pytest.raises(InvalidArguments, match="is no connection that a job can be written with"):
         outbox.enqueue(connection, producer.task.add, 1)
