@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +27,14 @@ Private = TypeVar("Private", bound=services.PrivateServer)
 
 
 def pytest_configure() -> None:
-    """Before any module is collected: some read their settings when they are imported."""
+    """Before any module is collected: some read their settings when they are imported.
+
+    What nohup or a shell without job control has made this process ignore, the workers of tests would ignore, too.
+    """
     forget_host_settings()
+    for signum, as_in_a_terminal in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, as_in_a_terminal)
 
 
 @pytest.hookimpl(wrapper=True)

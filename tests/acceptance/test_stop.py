@@ -192,8 +192,7 @@ def test_a_worker_that_is_asked_to_stop_as_well_does_not_start_anew(own, task, t
 
 @pytest.fixture
 def terminal(own, tmp_path):
-    """The first worker's output is a terminal; calling this closes it. Under nohup, workers would ignore that."""
-    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """The first worker's output is a terminal; calling this closes it."""
     ours, theirs = pty.openpty()
     (tmp_path / "worker-1.log").symlink_to(os.ttyname(theirs))
     is_closed = threading.Event()
@@ -210,7 +209,6 @@ def terminal(own, tmp_path):
     is_closed.set()
     os.close(theirs)
     reader.join(10)
-    signal.signal(signal.SIGHUP, outside)
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -29,7 +29,7 @@ def remove(path):
 @pytest.fixture
 def as_nobody(broker_path):
     """Lose root's right to write everywhere, where the tests have it; all may read and enter the directory."""
-    for directory in (broker_path.parent, broker_path.parent.parent, broker_path.parent.parent.parent):
+    for directory in broker_path.parents[:4]:  # pytest's own folders, of which each process may have one
         if directory.owner() == broker_path.parent.owner():
             directory.chmod(directory.stat().st_mode | 0o055)
     broker_path.parent.chmod(0o555)
