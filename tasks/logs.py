@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from celery import signals
+from celery.utils.log import get_multiprocessing_logger
 
 SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime)ss"
 
@@ -42,7 +43,8 @@ def connect(log_format: str) -> None:
 
 
 def _on_logger_set_up(logger: logging.Logger, **_: Any) -> None:
-    for handler in logger.handlers:
+    """The pool's own logger, which tells how a child died, has a handler that no signal speaks of."""
+    for handler in (*logger.handlers, *get_multiprocessing_logger().handlers):
         handler.setFormatter(JsonFormatter())
 
 

@@ -235,6 +235,11 @@ class _Reader:
         if scheme.split("+", 1)[0] not in schemes:
             known = ", ".join(f"{known}://" for known in schemes)
             raise SettingsError(f"{name} starts with {scheme or 'no scheme'!r}; it can be one of {known}")
+        if scheme.startswith("sqlite") and not value.partition("://")[2].startswith("//"):
+            raise SettingsError(
+                f"{name}={value!r} names no absolute path, and every process may stand elsewhere; write "
+                f"{scheme}:////path/to/a/file"
+            )
         if scheme.startswith("postgresql") and value.partition("?")[0].count("@") > 1:
             raise SettingsError(f"{name} holds more than one @; write the one in its password as %40")
         for part in value.split(";"):

@@ -118,8 +118,10 @@ def test_every_line_of_a_json_log_is_an_object_with_the_tasks_name_and_id(deploy
     assert job.get(**GET) == {"answer": "result-of-hunter2"}
     failed = deployment.task.fail.delay(message="on purpose")
     deployment.wait_for(failed, "failed")
+    json_worker.wait_for_log(f"fail[{failed.id}] raised")
+    os.kill(json_worker.child_pids()[0], signal.SIGKILL)
 
-    log = json_worker.wait_for_log(f"fail[{failed.id}] raised")
+    log = json_worker.wait_for_log("exited with 'signal 9 (SIGKILL)'")
     text = [line for line in log.splitlines() if line.startswith("{")]
     entries = [json.loads(line) for line in text]
     mine = [entry for entry in entries if entry.get("task_id") == job.id]

@@ -22,6 +22,9 @@ HOME = {"HOME": "/home/user"}
     [
         ("DATABASE_URL", "mysql://u:hunter2@h/db", ["mysql", "sqlite://", "postgresql://"]),
         ("DATABASE_URL", "media_store.db", ["sqlite://"]),
+        ("DATABASE_URL", "sqlite:///jobs.db", ["sqlite:///jobs.db", "absolute path", "sqlite:////"]),
+        ("DATABASE_URL", "sqlite://", ["absolute path", "sqlite:////"]),
+        ("CELERY_BROKER_URL", "sqlite:///broker.db", ["sqlite:///broker.db", "absolute path", "sqlite:////"]),
         ("CELERY_BROKER_URL", "kafka://u:hunter2@h", ["kafka", "amqp://", "redis://"]),
         ("ENQUEUE", "sometimes", ["sometimes", "strict"]),
         ("MIRROR", "perhaps", ["perhaps", "on", "off"]),
