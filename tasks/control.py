@@ -24,6 +24,7 @@ from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
 from tasks.rows import message_of_row, request_of_row, unsent
 
 LONGEST_PAUSE_S: Final = 10 * 365 * 86400.0
+MOST_JOBS: Final = 2**31 - 1
 
 Job = dict[str, Any]
 
@@ -63,12 +64,12 @@ def jobs(*, status: str | None = None, task: str | None = None, limit: int = 50,
         limit: So many at most.
 
     Raises:
-        InvalidArguments: No status has this name, or `limit` is below 1.
+        InvalidArguments: No status has this name, or `limit` is no number from 1 on.
     """
     if status is not None and status not in list(Status):
         raise InvalidArguments(f"{status!r} is no status; choose one of {', '.join(Status)}")
-    if limit < 1:
-        raise InvalidArguments(f"limit={limit}: give 1 or more")
+    if not isinstance(limit, int) or not 1 <= limit <= MOST_JOBS:
+        raise InvalidArguments(f"limit={limit!r}: give a whole number from 1 to {MOST_JOBS:,}")
     wanted = Status(status) if status is not None else None
     return [dict(row) for row in (app or _app()).store.jobs(status=wanted, task_type=task, limit=limit)]
 
@@ -96,7 +97,7 @@ def cancel(job_id: str, reason: str = "", *, app: Any = None) -> bool:
     """
     app = app or _app()
     said = f"cancelled: {reason}" if reason else "cancelled"
-    row = app.store.job(job_id)
+    row = _find(app, job_id)
     if row is not None and Status(row["status"]).is_terminal:
         return False
     request = _step(app, job_id) if row is None else request_of_row(row)
@@ -197,14 +198,12 @@ def pause(queue: str, reason: str = "", *, for_s: float | None = None, app: Any 
 
     Raises:
         UnknownQueue: Nothing has this name.
-        InvalidArguments: `for_s` is not above 0.
+        InvalidArguments: `for_s` is no number above 0, or more than ten years.
     """
     app = app or _app()
     queue_named(queue, app=app)
-    if for_s is not None and not 0 < for_s <= LONGEST_PAUSE_S:
-        raise InvalidArguments(
-            f"a pause of {for_s:g} s is none; give seconds above 0 (ten years at most), or leave it out"
-        )
+    if for_s is not None and not (type(for_s) in (int, float) and 0 < for_s <= LONGEST_PAUSE_S):
+        raise InvalidArguments(f"for_s={for_s!r}: give seconds above 0 (ten years at most), or leave it out")
     app.store.pause(queue, reason=reason, until=now() + timedelta(seconds=for_s) if for_s is not None else None)
 
 
@@ -270,8 +269,15 @@ def _app() -> Any:
     return app
 
 
-def _row(app: Any, job_id: str) -> Mapping[str, Any]:
+def _find(app: Any, job_id: str) -> Mapping[str, Any] | None:
+    if not isinstance(job_id, str):
+        raise UnknownJob(f"{job_id!r} is no job's id, which is a text")
     row: Mapping[str, Any] | None = app.store.job(job_id)
+    return row
+
+
+def _row(app: Any, job_id: str) -> Mapping[str, Any]:
+    row = _find(app, job_id)
     if row is None:
         raise UnknownJob(f"no job has the id {job_id}; celery -A tasks jobs list shows them")
     return row
@@ -342,13 +348,29 @@ def _reasons_to_wait(app: Any, row: Mapping[str, Any]) -> list[str]:
             reasons.append(f"{why}is due at {due:%Y-%m-%d %H:%M:%S} UTC")
         elif state is None or not state.is_paused:
             reasons.append("due, and about to be published")
-    elif ahead := app.store.jobs_ahead(queue, row["priority"], row["id"]):
-        reasons.append(f"behind {ahead:,} other jobs of {queue}")
+    elif ahead := _ahead(app, row):
+        reasons.append(ahead)
     elif not reasons:
         busy = [worker for worker in app.live_workers() if queue in worker["capabilities"]]
         has_room = any(len(worker["current_tasks"]) < worker["concurrency"] for worker in busy)
         reasons.append("it is the next one" + ("" if has_room or not busy else "; all workers of its queue are busy"))
     return reasons
+
+
+def _ahead(app: Any, row: Mapping[str, Any]) -> str:
+    """How many published jobs its worker takes first; empty if there is none."""
+    queue, orders = row["queue"], app.settings.queue_strategy
+    order = orders.get(queue, orders["*"])
+    ahead = app.store.jobs_ahead(queue, row["priority"], row["id"], order)
+    if not ahead:
+        return ""
+    if order == "WEIGHTED_RANDOM":
+        return f"drawn by chance, with {_others(ahead)} of {queue}"
+    return f"behind {_others(ahead)} of {queue}{'' if order == 'PRIORITY' else f', by {order}'}"
+
+
+def _others(number: int) -> str:
+    return "1 other job" if number == 1 else f"{number:,} other jobs"
 
 
 def _running(app: Any, row: Mapping[str, Any]) -> Chapter:

@@ -89,14 +89,21 @@ class Reading(Part):
         statement = select(c.job_id, c.queue, c.run_after_utc).where(*is_resting, c.run_after_utc < self._clock(by_s))
         return self._rows(statement.order_by(c.run_after_utc, c.id), {"b_now": now()})
 
-    def jobs_ahead(self, queue: str, priority: int, row_id: int) -> int:
-        """How many published jobs of this queue are claimed before this one, in the order of priorities."""
+    def jobs_ahead(self, queue: str, priority: int, row_id: int, order: str = "PRIORITY") -> int:
+        """How many published jobs of this queue are claimed before this one, by the queue's claim order.
+
+        FIFO and LIFO are told by the order of submission, whatever was published again since. In WEIGHTED_RANDOM each
+        of the others may be.
+        """
         c = task_queue.c
+        is_ahead = {
+            "PRIORITY": (c.priority > priority) | ((c.priority == priority) & (c.id < row_id)),
+            "FIFO": c.id < row_id,
+            "LIFO": c.id > row_id,
+            "WEIGHTED_RANDOM": c.id != row_id,
+        }
         statement = select(func.count()).where(
-            c.queue == queue,
-            c.status == Status.QUEUED,
-            c.published_at.is_not(None),
-            (c.priority > priority) | ((c.priority == priority) & (c.id < row_id)),
+            c.queue == queue, c.status == Status.QUEUED, c.published_at.is_not(None), is_ahead[order]
         )
         with self._reading() as connection:
             return int(connection.execute(statement).scalar_one())

@@ -1,5 +1,7 @@
 """What can be read of jobs, by the store and by SQL tools, on every database."""
 
+import pytest
+
 from db.records import Liveness, Status
 from tests.db.conftest import LOST, beat, claim, new_job, open_database, row_of, running
 
@@ -81,6 +83,16 @@ class TestReading:
         claim(store, jobs[1])
         store.end(jobs[0], Status.CANCELLED, LOST)
         assert [ahead(job) for job in jobs[2:]] == [0, 2, 1]
+
+    @pytest.mark.parametrize(
+        ("order", "counts"), [("FIFO", [0, 1, 2]), ("LIFO", [2, 1, 0]), ("WEIGHTED_RANDOM", [2, 2, 2])]
+    )
+    def test_jobs_ahead_follow_the_claim_order(self, store, order, counts):
+        jobs = [new_job(priority=priority) for priority in (1, 9, 5)]
+        for job in jobs:
+            store.enqueue(job)
+
+        assert [store.jobs_ahead(job.queue, job.priority, row_of(store, job)["id"], order) for job in jobs] == counts
 
     def test_jobs_of_other_queues_and_jobs_that_rest_are_not_ahead(self, store):
         store.enqueue(new_job(queue="video_probe", priority=10))

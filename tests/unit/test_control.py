@@ -57,8 +57,10 @@ def test_a_listed_job_is_a_plain_mapping_of_its_row(producer, add):
     [
         ({"status": "done"}, "'done' is no status; choose one of queued, claimed, running"),
         ({"status": ""}, "'' is no status"),
-        ({"limit": 0}, "limit=0: give 1 or more"),
-        ({"limit": -1}, "limit=-1: give 1 or more"),
+        ({"limit": 0}, "limit=0: give a whole number from 1"),
+        ({"limit": -1}, "limit=-1: give a whole number from 1"),
+        ({"limit": 10**30}, "give a whole number from 1 to 2,147,483,647"),
+        ({"limit": "x"}, "limit='x': give a whole number"),
     ],
 )
 def test_a_choice_that_can_not_be_meant_is_refused(producer, choice, said):
@@ -255,6 +257,13 @@ def test_an_unknown_job_is_refused_by_its_id(producer, do):
         do("nobody")
 
 
+@pytest.mark.parametrize("job_id", [None, 7, ["a"]])
+@pytest.mark.parametrize("do", [control.cancel, control.replay, control.retry, control.explain, control.show])
+def test_what_is_no_id_is_refused(producer, do, job_id):
+    with pytest.raises(UnknownJob, match="is no job's id, which is a text"):
+        do(job_id)
+
+
 # Replay, retry
 
 
@@ -374,6 +383,21 @@ def test_a_job_waits_behind_others_of_its_priority_or_a_higher_one(add, served):
     assert why(job) == ["behind 2 other jobs of add"]
 
 
+@pytest.mark.parametrize(
+    ("order", "reasons"),
+    [
+        ("FIFO", ["it is the next one", "behind 1 other job of add, by FIFO", "behind 2 other jobs of add, by FIFO"]),
+        ("LIFO", ["behind 2 other jobs of add, by LIFO", "behind 1 other job of add, by LIFO", "it is the next one"]),
+        ("WEIGHTED_RANDOM", ["drawn by chance, with 2 other jobs of add"] * 3),
+    ],
+)
+def test_a_job_waits_by_the_claim_order_of_its_queue(app, add, served, order, reasons, monkeypatch):
+    monkeypatch.setitem(app.settings.queue_strategy, "add", order)
+    jobs = [add.apply_async((1, 1), priority=priority) for priority in (1, 9, 5)]
+
+    assert [why(job) for job in jobs] == [[reason] for reason in reasons]
+
+
 def test_a_job_is_the_next_one_or_all_workers_are_busy(app, add, served):
     job = add.delay(1, 1)
     assert why(job) == ["it is the next one"]
@@ -444,7 +468,7 @@ def test_a_pause_ends_by_itself(app, add):
     assert run(add, add.delay(1, 1).id, 1, 1, publication=1) == 2
 
 
-@pytest.mark.parametrize("for_s", [0, -1, float("inf"), float("nan")])
+@pytest.mark.parametrize("for_s", [0, -1, float("inf"), float("nan"), "x", True])
 def test_a_pause_of_no_time_is_refused(producer, for_s):
     with pytest.raises(InvalidArguments, match="give seconds above 0"):
         control.pause("add", for_s=for_s)
