@@ -2,12 +2,15 @@
 
 In: a SQLAlchemy Session or Connection, or a DB-API connection (sqlite3, psycopg, psycopg2; Django's
 `connection.connection`), of the job database. Out: one row. Rolled back means never run; committed means run, once to
-effect. No transaction is begun, committed or ended here.
+effect. The caller's transaction is neither begun nor ended here; on a connection that commits each statement by itself
+(autocommit) the job has a transaction of its own, and exists at once.
 """
 
 import json
+import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +35,29 @@ _DIALECTS: Final[Mapping[str, Any]] = {
     "sqlite3": lambda: sqlite.dialect(paramstyle="named"),
     "psycopg": psycopg.dialect,
     "psycopg2": psycopg2.dialect,
+}
+# psycopg.pq.TransactionStatus.IDLE and psycopg2.extensions.TRANSACTION_STATUS_IDLE, both libpq's PQTRANS_IDLE.
+IDLE: Final = 0
+
+
+def _psycopg_cursor(connection: Any) -> Any:
+    from psycopg import Cursor
+    from psycopg.rows import tuple_row
+
+    return Cursor(connection, row_factory=tuple_row)
+
+
+def _psycopg2_cursor(connection: Any) -> Any:
+    from psycopg2.extensions import cursor
+
+    return connection.cursor(cursor_factory=cursor)
+
+
+# Their rows are tuples, whatever the caller's own cursors make of a row.
+_CURSORS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "sqlite3": sqlite3.Cursor,
+    "psycopg": _psycopg_cursor,
+    "psycopg2": _psycopg2_cursor,
 }
 
 
@@ -83,6 +109,15 @@ class _Cursor(ABC):
     def first(self, sql: str) -> tuple[Any, ...]:
         """The first row; empty if there is none."""
 
+    @abstractmethod
+    def command(self, sql: str) -> None:
+        """Begin or end a transaction behind the caller's connection."""
+
+    @property
+    @abstractmethod
+    def driver_connection(self) -> Any:
+        """The DB-API connection."""
+
     def write(self, store: Any, job: NewJob) -> None:
         """Insert the row, which rests until it is due, and its log row."""
         self._require(store)
@@ -93,8 +128,23 @@ class _Cursor(ABC):
         for name in ("b_parameters", "b_message"):  # whatever JSON the connection is set up for takes plain values
             values[name] = json.loads(dumps(values[name]))
         insert = statements.enqueue(sqlite if self.is_sqlite else postgresql).statement
-        if self.execute(insert, values):  # else its id is there already: the row stays as it is
-            self.execute(LOG.statement, log_row(job.job_id, 1, "created", None, at, None, None))
+        with self._transaction():
+            if self.execute(insert, values):  # else its id is there already: the row stays as it is
+                self.execute(LOG.statement, log_row(job.job_id, 1, "created", None, at, None, None))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """The caller's; where none is begun and each statement would be committed by itself, one of the block's own."""
+        if not _is_autocommitting(self.driver_connection):
+            yield
+            return
+        self.command("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self.command("ROLLBACK")
+            raise
+        self.command("COMMIT")
 
     def _require(self, store: Any) -> None:
         """Refuse a connection to another database: nobody would look for the job there."""
@@ -126,27 +176,47 @@ class _SqlAlchemy(_Cursor):
     def first(self, sql: str) -> tuple[Any, ...]:
         return tuple(self._connection.execute(text(sql)).first() or ())
 
+    def command(self, sql: str) -> None:
+        self._connection.exec_driver_sql(sql)
+
+    @property
+    def driver_connection(self) -> Any:
+        return self._connection.connection.driver_connection
+
 
 class _DbApi(_Cursor):
     def __init__(self, connection: Any, driver: str) -> None:
         self._connection = connection
+        self._new_cursor = _CURSORS[driver]
         self._dialect = _DIALECTS[driver]()
         self.is_sqlite = driver == "sqlite3"
 
     def execute(self, statement: Any, values: Mapping[str, Any]) -> bool:
         ready = DriverStatement(statement, self._dialect)
-        cursor = self._connection.cursor()
-        cursor.execute(ready.sql, ready.parameters(values))
-        has_row = cursor.description is not None and cursor.fetchone() is not None
-        cursor.close()
-        return has_row
+        with closing(self._new_cursor(self._connection)) as cursor:
+            cursor.execute(ready.sql, ready.parameters(values))
+            return cursor.description is not None and cursor.fetchone() is not None
 
     def first(self, sql: str) -> tuple[Any, ...]:
-        cursor = self._connection.cursor()
-        cursor.execute(sql)
-        row = cursor.fetchone()
-        cursor.close()
-        return tuple(row.values() if isinstance(row, Mapping) else row or ())
+        with closing(self._new_cursor(self._connection)) as cursor:
+            cursor.execute(sql)
+            return tuple(cursor.fetchone() or ())
+
+    def command(self, sql: str) -> None:
+        with closing(self._new_cursor(self._connection)) as cursor:
+            cursor.execute(sql)
+
+    @property
+    def driver_connection(self) -> Any:
+        return self._connection
+
+
+def _is_autocommitting(connection: Any) -> bool:
+    """Whether a DB-API connection is in no transaction and begins none by itself."""
+    if isinstance(connection, sqlite3.Connection):
+        begins = connection.isolation_level is not None and getattr(connection, "autocommit", -1) is not True
+        return not connection.in_transaction and not begins
+    return bool(connection.autocommit and connection.info.transaction_status == IDLE)
 
 
 def _cursor(connection: Any) -> _Cursor:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import psycopg
 import psycopg2
 import pytest
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, scalar_row
 from psycopg2.extras import RealDictCursor
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
@@ -94,7 +94,15 @@ class _DbApi:
 
 
 @pytest.fixture(
-    params=["session", "connection", "driver", "driver with rows by name", "psycopg2", "psycopg2 with rows by name"]
+    params=[
+        "session",
+        "connection",
+        "driver",
+        "driver with rows by name",
+        "driver with rows that are no tuples",
+        "psycopg2",
+        "psycopg2 with rows by name",
+    ]
 )
 def caller(request, host):
     if request.param.startswith("psycopg2") and host.app.store.database.is_sqlite:
@@ -103,6 +111,7 @@ def caller(request, host):
         "session": lambda: _Alchemy(host, Session),
         "connection": lambda: _Alchemy(host, lambda engine: engine.connect()),
         "driver": lambda: _DbApi(host),
+        "driver with rows that are no tuples": lambda: _DbApi(host, row_factory=scalar_row),
         "driver with rows by name": lambda: _DbApi(host, row_factory=dict_row),
         "psycopg2": lambda: _DbApi(host, psycopg2),
         "psycopg2 with rows by name": lambda: _DbApi(host, psycopg2, cursor_factory=RealDictCursor),
@@ -110,6 +119,8 @@ def caller(request, host):
     with kinds[request.param]() as caller:
         if request.param.endswith("name") and host.app.store.database.is_sqlite:
             caller.connection.row_factory = sqlite3.Row
+        if request.param.endswith("tuples") and host.app.store.database.is_sqlite:
+            caller.connection.row_factory = lambda _cursor, row: row[0]
         yield caller
 
 
@@ -182,6 +193,59 @@ def test_a_rollback_leaves_no_job(host, caller):
     assert host.app.store.job(job.id) is None
     assert host.app.store.logs(job.id) == []
     assert (uploads(host), dispatched(host)) == (0, 0)
+
+
+@pytest.fixture(params=["session", "connection", "driver", "psycopg2"])
+def autocommitting(request, host):
+    """A connection that commits each statement by itself."""
+    is_sqlite = host.app.store.database.is_sqlite
+    if request.param == "psycopg2" and is_sqlite:
+        pytest.skip("psycopg2 is for PostgreSQL")
+    autocommit = {"isolation_level": "AUTOCOMMIT"}
+    kinds = {
+        "session": lambda: _Alchemy(host, lambda engine: Session(engine.execution_options(**autocommit))),
+        "connection": lambda: _Alchemy(host, lambda engine: engine.connect().execution_options(**autocommit)),
+        "driver": lambda: _DbApi(host),
+        "psycopg2": lambda: _DbApi(host, psycopg2),
+    }
+    with kinds[request.param]() as caller:
+        if is_sqlite and request.param == "driver":
+            caller.connection.isolation_level = None
+        elif not is_sqlite and not isinstance(caller, _Alchemy):
+            caller.connection.autocommit = True
+        yield caller
+
+
+def test_without_a_transaction_the_job_and_its_log_row_are_there_at_once_and_together(host, autocommitting):
+    job = outbox.enqueue(autocommitting.connection, host.task.add, 1, 2)
+
+    assert host.events(job) == ["created"]
+    autocommitting.own(OWN_ROW)
+    assert uploads(host) == 1
+
+
+def test_without_a_transaction_a_job_whose_log_row_fails_is_none(host, autocommitting, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr("tasks.outbox.log_row", fail)
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        outbox.enqueue(autocommitting.connection, host.task.add, 1, 2, options={"task_id": "j"})
+
+    assert host.app.store.job("j") is None
+    autocommitting.own(OWN_ROW)
+    assert uploads(host) == 1
+
+
+def test_a_transaction_that_such_a_connection_has_begun_is_joined(host, autocommitting):
+    autocommitting.own("BEGIN")
+    job = outbox.enqueue(autocommitting.connection, host.task.add, 1, 2)
+    assert host.app.store.job(job.id) is None
+
+    autocommitting.own("ROLLBACK")
+
+    assert host.app.store.job(job.id) is None
 
 
 def test_a_job_by_name_that_is_due_later_rests_until_then(host, caller):
