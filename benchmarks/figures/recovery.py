@@ -11,7 +11,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.measure import Options, Peer, Row, skipped
@@ -44,10 +43,10 @@ def _after_kills(options: Options) -> Iterator[Row]:
                 yield Row(
                     figure=figure,
                     target=target,
-                    measured=f"**{median(times_s):.2f} s**",
-                    detail=f"from the signal to the body's first line, {min(times_s):.2f}-{max(times_s):.2f} s; "
-                    f"{len(times_s)} kills",
-                    value=median(times_s),
+                    measured=f"**{max(times_s):.2f} s**",
+                    detail=f"from the signal to the body's first line, the worst of {len(times_s)} kills; "
+                    f"from {min(times_s):.2f} s on",
+                    value=max(times_s),
                 )
 
 
@@ -68,14 +67,15 @@ def _after_emptying(options: Options) -> Iterator[Row]:
                 found = [producer.run(_emptied, images, str(options.folder / f"{broker}-{n}")) for n in rounds]
         times_s = [each.all_s for each in found]
         lost = " and ".join(str(each.lost) for each in found)
-        first_s = median(each.first_s for each in found)
+        first_s = min(each.first_s for each in found)
         yield Row(
             figure=figure,
             target=target,
-            measured=f"**{median(times_s):.1f} s**",
-            detail=f"from the workers being free; {lost} of {EMPTIED_JOBS} resizes ({what}, to {EMPTIED_SIZE_PX} px) "
-            f"had lost their messages, and the first of them began after {first_s:.1f} s",
-            value=median(times_s),
+            measured=f"**{max(times_s):.1f} s**",
+            detail=f"from the workers being free, the worst of {len(times_s)} runs; {lost} of {EMPTIED_JOBS} resizes "
+            f"({what}, to {EMPTIED_SIZE_PX} px) had lost their messages, and the first of them began after "
+            f"{first_s:.1f} s",
+            value=max(times_s),
         )
 
 
