@@ -43,6 +43,7 @@ def test_nothing_is_left_reserved_whatever_became_of_a_job(own_on_broker, held, 
     worker = own.start_worker("--concurrency=2", "-Q", ",".join(QUEUES))
     task = own.task
     control.pause("note", app=own.app)
+    worker.wait_for_log("the queue note is paused")
     paused = task.note.delay(str(tmp_path / "notes"), "later")
     cancelled = task.stay.delay(str(tmp_path / "cancelled"), 60)
     eventually(lambda: lines(tmp_path / "cancelled"), 20)
