@@ -1,6 +1,7 @@
 """What the log looks like: LOG_LEVEL, LOG_FORMAT, and no payloads in it.
 
-In: Celery's logging set-up of a worker. Out: the same with one JSON object a line if asked for, and without results.
+In: Celery's logging set-up of a worker. Out: the same with one JSON object a line if asked for, and without arguments
+and results.
 """
 
 import json
@@ -12,6 +13,8 @@ from celery import signals
 from celery.utils.log import get_multiprocessing_logger
 
 SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime)ss"
+
+APPLY: Final = "TaskPool: Apply"
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,6 +38,7 @@ class JsonFormatter(logging.Formatter):
 def connect(log_format: str) -> None:
     """Have Celery's loggers formatted as `log_format` (console or json) says, once they are set up."""
     logging.getLogger("celery.app.trace").addFilter(_without_result)
+    logging.getLogger("celery.pool").addFilter(_without_arguments)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database is made without a word
     logging.getLogger("pyvips").setLevel(logging.WARNING)  # libvips says several things a job: a tenth of its time
     if log_format == "json":
@@ -46,6 +50,13 @@ def _on_logger_set_up(logger: logging.Logger, **_: Any) -> None:
     """The pool's own logger, which tells how a child died, has a handler that no signal speaks of."""
     for handler in (*logger.handlers, *get_multiprocessing_logger().handlers):
         handler.setFormatter(JsonFormatter())
+
+
+def _without_arguments(record: logging.LogRecord) -> bool:
+    """At DEBUG Celery's pool logs each call with its arguments."""
+    if isinstance(record.args, tuple) and str(record.msg).startswith(APPLY):
+        record.msg, record.args = f"{APPLY} %s", record.args[:1]
+    return True
 
 
 def _without_result(record: logging.LogRecord) -> bool:
