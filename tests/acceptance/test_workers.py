@@ -28,7 +28,7 @@ def deployment(request, module_server_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def json_worker(deployment):
-    return deployment.start_worker("--concurrency=1", "-Q", "secret_keeper,fail", env={"LOG_FORMAT": "json"})
+    return deployment.start_worker("--concurrency=1", "-X", "note", env={"LOG_FORMAT": "json"})
 
 
 def refused(deployment, *args, **env):
