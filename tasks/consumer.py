@@ -8,6 +8,7 @@ some such messages: of one without an id, say, again and again, since it is rede
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC
 from typing import Any, Final
 
 from celery.app.task import Context
@@ -19,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db.records import Status, now
 from tasks import capabilities
-from tasks.arguments import is_name
+from tasks.arguments import LONGEST_S, is_name
 from tasks.broker.errors import BrokerUnusable
 from tasks.errors import PermanentError, UnknownTask
 from tasks.job import Job
@@ -28,6 +29,8 @@ from tasks.rows import job_of_request
 logger = logging.getLogger(__name__)
 
 _TEXTS: Final = ("root_id", "parent_id", "group")
+_LEAST: Final = {"publication": 1, "retries": 0, "group_index": 0}
+_BELOW: Final = 2**31  # what an integer column of PostgreSQL has room for
 
 
 class MalformedMessage(PermanentError):
@@ -142,59 +145,97 @@ def fault_in(message: Any) -> str | None:
         payload = message.payload
     except Exception as exc:
         return f"its body can't be decoded as {message.content_type!r:.60} ({type(exc).__name__})"
-    if "task" in headers:
-        fields, body = headers, payload
-    elif isinstance(payload, Mapping) and "task" in payload:  # protocol 1
-        fields, body = payload, payload
-    else:
+    fields = _fields_of(headers, payload)
+    if "task" not in fields:
         return "it names no task"
-    for name in ("task", "id", *_TEXTS):
-        value = fields.get(name)
-        if not (is_name(value) or (value is None and name in _TEXTS)):
-            return f"its field {name!r} is missing or no short text"
-    if isinstance(body, Mapping):
-        arguments = [body.get("args", []), body.get("kwargs", {}), None]
-    elif isinstance(body, list) and len(body) == 3:
-        arguments = body
+    if isinstance(payload, Mapping) and ("args" in payload or "task" not in headers):
+        arguments = [payload.get("args", []), payload.get("kwargs", {}), None]
+    elif isinstance(payload, list) and len(payload) == 3:
+        arguments = payload
     else:
         return "its body does not hold args, kwargs and options"
     args, kwargs, embed = arguments
     if not (isinstance(args, list) and isinstance(kwargs, Mapping) and isinstance(embed, Mapping | None)):
         return "its body does not hold args, kwargs and options"
-    return _fault_in_numbers(fields)
+    return fault_in_fields(fields)
 
 
-def _fault_in_numbers(fields: Mapping[str, Any]) -> str | None:
-    limits = fields.get("timelimit") or [None, None]
-    if not (isinstance(limits, list | tuple) and len(limits) == 2):
-        return "its field 'timelimit' is no pair"
-    numbers = {"retries": fields.get("retries"), "publication": fields.get("publication")}
-    for name, value in [*numbers.items(), *(("timelimit", limit) for limit in limits)]:
-        if not isinstance(value, int | float | None):
-            return f"its field {name!r} is no number"
+def _fields_of(headers: Mapping[str, Any], payload: Any) -> Mapping[str, Any]:
+    """The fields of a message: of protocol 2 in its headers, of protocol 1 in its body, of some clients in both."""
+    if not isinstance(payload, Mapping):
+        return headers
+    return {**payload, **headers} if "task" in headers else payload
+
+
+def fault_in_fields(fields: Mapping[str, Any]) -> str | None:
+    """What is wrong with the headers of a task message, in words that hold nothing of their content."""
+    for name in ("task", "id", *_TEXTS):
+        value = fields.get(name)
+        if not (is_name(value) or (value is None and name in _TEXTS)):
+            return f"its field {name!r} is missing or no short text"
+    if not isinstance(fields.get("shadow"), str | None):
+        return "its field 'shadow' is no text"
+    if not _are_stamps(fields.get("stamped_headers"), fields.get("stamps")):
+        return "its fields 'stamped_headers' and 'stamps' are no list of names and their values"
+    for name, least in _LEAST.items():
+        if not _is_whole(fields.get(name), least):
+            return f"its field {name!r} is no whole number from {least} to {_BELOW - 1:,}"
+    if not _are_limits(fields.get("timelimit")):
+        return f"its field 'timelimit' is no pair of seconds (0 to {LONGEST_S:,}, or null)"
+    for name in ("eta", "expires"):
+        if not _is_time(fields.get(name)):
+            return f"its field {name!r} is no time"
     return None
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value < _BELOW)
+
+
+def _are_limits(value: Any) -> bool:
+    return not value or (isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_limit, value)))
+
+
+def _is_limit(value: Any) -> bool:
+    """A pool that is given another one watches over none of its time limits any more."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LONGEST_S)
+
+
+def _are_stamps(names: Any, stamps: Any) -> bool:
+    are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return not names or (are_names and isinstance(stamps or {}, Mapping))
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it can be told in UTC, as near the years 1 and 9999 not every time can; without a zone it is in UTC."""
+    if value is None:
+        return True
+    try:
+        moment = maybe_iso8601(value)  # None for an empty text
+        return moment.tzinfo is None or bool(moment.astimezone(UTC))
+    except (AttributeError, OverflowError, TypeError, ValueError):
+        return False
 
 
 def _request_of(message: Any) -> Context:
     """What can be told of a job from its message, however damaged that is."""
-    headers = dict(message.headers) if isinstance(message.headers, Mapping) else {}
+    headers = message.headers if isinstance(message.headers, Mapping) else {}
     try:
         payload = message.payload
     except Exception:
         payload = None
-    if "task" not in headers and isinstance(payload, Mapping):
-        headers = dict(payload)
+    fields = _fields_of(headers, payload)
     priority = (message.properties or {}).get("priority")
     delivery_info = {**(message.delivery_info or {}), "priority": priority}
     known: dict[str, Any] = {"delivery_info": delivery_info, "args": [], "kwargs": {}}
     if fault_in(message) is None and isinstance(payload, list):
         known |= {"args": payload[0], "kwargs": payload[1], **(payload[2] or {})}
     for name in ("id", "task"):
-        known[name] = headers.get(name) if is_name(headers.get(name)) else None
-    known["task"] = known["task"] or "unknown"
-    as_they_are = ("group_index", "retries", "timelimit", "expires", "ignore_result")
-    known |= {name: headers[name] for name in as_they_are if headers.get(name) is not None}
-    known |= {name: headers[name] for name in _TEXTS if is_name(headers.get(name))}
-    publication = headers.get("publication")
-    known["publication"] = publication if isinstance(publication, int) else 1
+        known[name] = fields.get(name) if is_name(fields.get(name)) else None
+    known |= {"task": known["task"] or "unknown", "publication": 1}
+    usable = {name: _is_whole(fields.get(name), least) for name, least in _LEAST.items()}
+    usable |= {"timelimit": _are_limits(fields.get("timelimit")), "expires": _is_time(fields.get("expires"))}
+    usable |= {name: is_name(fields.get(name)) for name in _TEXTS}
+    usable["ignore_result"] = isinstance(fields.get("ignore_result"), bool)
+    known |= {name: fields[name] for name, is_usable in usable.items() if is_usable and fields.get(name) is not None}
     return Context(known)

@@ -3,13 +3,16 @@
 import base64
 import json
 import pickle
+import sqlite3
 import uuid
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from celery import Celery, chord
 from kombu import Queue
 
+from db.records import NewJob
 from tests.acceptance.deployment import lines
 from tests.tooling.waiting import eventually
 
@@ -164,6 +167,61 @@ def test_a_malformed_body_is_a_failed_row(deployment, publish, body):
     row = deployment.wait_for(headers["id"], "failed")
     assert (row["task_type"], row["queue"], row["retry_count"]) == ("add", "add", 0)
     assert row["error_message"]
+    assert_serves(deployment)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("publication", value) for value in (NAN, INFINITY, 2**70, 2**31, 1e30, 1.5, 0, -1, True)],
+        *[("retries", value) for value in (NAN, INFINITY, 2**70, 2**31, 1.5, -1, True)],
+        *[("group_index", value) for value in (2**70, [1])],
+        *[("timelimit", value) for value in ([NAN, None], [None, INFINITY], [10**400, None], [-1, None])],
+        *[(name, "9999-12-31T23:59:59-23:00") for name in ("eta", "expires")],
+        ("shadow", ["a"]),
+        ("stamped_headers", 5),
+    ],
+    ids=range(26),
+)
+def test_a_field_that_no_job_can_have_is_a_failed_row(deployment, worker, publish, name, value):
+    body, headers = message("add", 1, 2)
+
+    publish("add", body, headers | {name: value})
+
+    row = eventually(lambda: deployment.app.store.job(headers["id"]) or not worker.is_alive(), 20)
+    assert worker.is_alive()
+    assert (row["status"], row["error_type"], name in row["error_message"]) == ("failed", "MalformedMessage", True)
+    assert [row[column] for column in ("publication", "retry_count", "group_index")] == [1, 0, None]
+    assert deployment.events(headers["id"]) == ["created", "failed"]
+    assert f"add[{headers['id']}]: its field" in worker.log()
+    eventually(lambda: messages_of(deployment, "add") == 0, 10)
+    assert_serves(deployment)
+
+
+def test_a_job_whose_message_came_damaged_fails(deployment, publish):
+    job_id = str(uuid.uuid4())
+    assert deployment.app.store.enqueue(NewJob(job_id=job_id, task_type="add", queue="add", parameters={"x": 1}))
+    body, headers = message("add", 1, task_id=job_id)
+
+    publish("add", body, headers | {"publication": NAN})
+
+    row = deployment.wait_for(job_id, "failed")
+    assert (row["error_type"], row["parameters"]) == ("MalformedMessage", {"x": 1})
+    assert_serves(deployment)
+
+
+@pytest.mark.parametrize("body", ["{}", '{"args": [1, 2], "kwargs": {}, "shadow": ["a"]}'], ids=["empty", "shadow"])
+def test_a_body_that_is_a_mapping_is_looked_through_as_well(deployment, worker, publish, body):
+    _, headers = message("add")
+
+    publish("add", body, headers)
+
+    row = eventually(lambda: deployment.app.store.job(headers["id"]) or not worker.is_alive(), 20)
+    assert worker.is_alive()
+    assert (row["status"], row["error_type"]) == ("failed", "MalformedMessage")
     assert_serves(deployment)
 
 
@@ -346,6 +404,12 @@ def test_the_worker_that_met_all_of_this_is_still_the_same(deployment, worker):
 def queue_is_empty(deployment, name):
     with deployment.app.connection_for_write() as connection, connection.channel() as channel:
         return channel.queue_declare(name, passive=True).message_count == 0
+
+
+def messages_of(deployment, name):
+    """Ready, or reserved by a worker."""
+    with closing(sqlite3.connect(deployment.server_dir / "broker.db")) as connection:
+        return connection.execute("SELECT count(*) FROM messages WHERE queue = ?", (name,)).fetchone()[0]
 
 
 def rejected(deployment):

@@ -32,9 +32,14 @@ def message(body=BODY, **headers):
         message(timelimit=None),
         message(publication=3),
         message({"args": [1], "kwargs": {}}),
+        message(publication=None, retries=None, group_index=None, timelimit=[0, None]),
+        message(publication=2**31 - 1, retries=2**31 - 1, group_index=0),
+        message(eta="2031-01-31T12:00:00", expires="9999-12-31T23:59:59Z", shadow=""),
+        message(stamped_headers=["trace"], stamps={"trace": 1}),
+        message(stamped_headers=[], stamps=None),
         Message(headers={}, body=json.dumps({"task": "add", "id": "job-1", "args": [1], "kwargs": {}})),
     ],
-    ids=range(7),
+    ids=range(12),
 )
 def test_a_task_message_of_any_protocol_has_no_fault(good):
     assert fault_in(good) is None
@@ -66,8 +71,18 @@ def test_a_task_message_of_any_protocol_has_no_fault(good):
         (message(publication="secret"), "'publication'"),
         (message(timelimit="secret"), "'timelimit'"),
         (message(timelimit=["secret", 1]), "'timelimit'"),
+        (message(timelimit=[True, None]), "'timelimit'"),
+        (message(timelimit=[1, 2, 3]), "'timelimit'"),
+        (message(eta="secret"), "'eta'"),
+        (message(eta=""), "'eta'"),
+        (message(expires=5), "'expires'"),
+        (message(expires=0), "'expires'"),
+        (message(stamped_headers=[["secret"]], stamps={}), "'stamped_headers'"),
+        (message(stamped_headers=["trace"], stamps="secret"), "'stamped_headers'"),
+        (message({"args": [1], "kwargs": {}, "group_index": 1.5}), "'group_index'"),
+        (message({"kwargs": {}}), "body"),
     ],
-    ids=range(23),
+    ids=range(33),
 )
 def test_any_other_message_has_a_fault_that_is_named_without_its_content(bad, word):
     fault = fault_in(bad)
