@@ -6,18 +6,22 @@ Redis count those that no consumer has reserved.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kombu.exceptions import ChannelError
 
 from tasks.broker.errors import BrokerReplaced
 from tasks.broker.messages import Addressed, MessageStore
 
-IN_ONE_LOOK = 1000
+IN_ONE_LOOK: Final = 1000
 
 
 class Ledger(Protocol):
     """What can be asked of a broker."""
+
+    @property
+    def names_messages(self) -> bool:
+        """Whether it can tell of which jobs its messages are."""
 
     def ready(self, queue: str) -> int:
         """Messages of a queue that no consumer has reserved."""
@@ -25,12 +29,14 @@ class Ledger(Protocol):
     def held(self, ids: Sequence[str]) -> set[str] | None:
         """Those task ids of which the broker has a message, reserved or not; None if it can't tell."""
 
-    def pages(self) -> Iterator[Sequence[Addressed]] | None:
-        """All messages that carry a task id, reserved or not, some at a time; None if it can't tell."""
+    def pages(self) -> Iterator[Sequence[Addressed]]:
+        """All messages that carry a task id, reserved or not, some at a time; none if it can't tell."""
 
 
 class EmbeddedLedger:
     """The embedded broker's file, asked directly. A file that is missing holds nothing, and is not made."""
+
+    names_messages: Final = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,10 +48,7 @@ class EmbeddedLedger:
     def held(self, ids: Sequence[str]) -> set[str] | None:
         return self._store.held(ids) if self._is_open() else set()
 
-    def pages(self) -> Iterator[Sequence[Addressed]] | None:
-        return self._pages()
-
-    def _pages(self) -> Iterator[Sequence[Addressed]]:
+    def pages(self) -> Iterator[Sequence[Addressed]]:
         last = 0
         while self._is_open() and (page := self._store.addressed(last, IN_ONE_LOOK)):
             yield page
@@ -67,6 +70,8 @@ class EmbeddedLedger:
 class CountingLedger:
     """Any other broker: a passive declaration tells the number of ready messages."""
 
+    names_messages: Final = False
+
     def __init__(self, connect: Any) -> None:
         self._connect = connect
 
@@ -81,8 +86,8 @@ class CountingLedger:
     def held(self, ids: Sequence[str]) -> set[str] | None:  # noqa: ARG002 (it can't tell)
         return None
 
-    def pages(self) -> Iterator[Sequence[Addressed]] | None:
-        return None
+    def pages(self) -> Iterator[Sequence[Addressed]]:
+        yield from ()
 
 
 def ledger_of(app: Any) -> Ledger:

@@ -117,7 +117,7 @@ def _short_queues(app: Any) -> Iterator[tuple[str, str, str]]:
     from tasks.reconciler import LOOK_AGAIN_AFTER_S, SETTLED_AFTER_S
 
     published = app.store.published(now() - timedelta(seconds=SETTLED_AFTER_S))
-    if not published or (ledger := ledger_of(app)).held([]) is not None:
+    if not published or (ledger := ledger_of(app)).names_messages:
         return
     reserved = {job_id for worker in app.live_workers() for job_id in worker["reserved_tasks"]}
     held: dict[str, int] = {}

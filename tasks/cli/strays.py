@@ -1,23 +1,25 @@
 """Messages that no row waits for, and rows that nobody publishes: the other way round of what the reconciler mends.
 
 In: the broker's ledger, which names its messages or only counts them; the job table. Out: a subject and a
-text for each. Neither needs mending: a worker drops such a message when it takes it, and publishes what is overdue.
+text for each. Neither needs mending: a worker drops or refuses such a message when it takes it, and publishes what is
+overdue.
 """
 
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tasks.broker.messages import Addressed
 
-LOOK_AGAIN_AFTER_S = 1.0
-OVERDUE_AFTER_S = 60.0
+LOOK_AGAIN_AFTER_S: Final = 1.0
+OVERDUE_AFTER_S: Final = 60.0
 
 
 def stray_messages(app: Any) -> Iterator[tuple[str, str]]:
-    """Messages whose job has ended, is unknown or has moved on, where the broker can name them: the job's id, and why.
+    """Messages that are faulty, or whose job has ended, is unknown or has moved on, where the broker can name them: the
+    job's id, and why.
 
     Each is looked at twice: a worker acknowledges a moment after it has written the end of a job.
 
@@ -27,10 +29,10 @@ def stray_messages(app: Any) -> Iterator[tuple[str, str]]:
     from tasks.broker.ledger import ledger_of
 
     ledger = ledger_of(app)
-    suspects = {message.id for page in ledger.pages() or () for message, _ in _strays(app, page)}
+    suspects = {message.id for page in ledger.pages() for message, _ in _strays(app, page)}
     if suspects:
         time.sleep(LOOK_AGAIN_AFTER_S)
-        for page in ledger.pages() or ():
+        for page in ledger.pages():
             for message, why in _strays(app, [message for message in page if message.id in suspects]):
                 yield message.correlation_id, f"{message.queue} holds a message of it, and {why}"
 
@@ -43,7 +45,7 @@ def surplus_messages(app: Any) -> Iterator[tuple[str, str]]:
     from tasks.cli.text import counted
 
     ledger = ledger_of(app)
-    if ledger.pages() is not None:
+    if ledger.names_messages:
         return
     app.load_capabilities()
     for queue in sorted({*capabilities.names(app), *app.store.queue_counts()}):
@@ -67,11 +69,16 @@ def overdue_jobs(app: Any) -> Iterator[tuple[str, str]]:
 
 def _strays(app: Any, messages: Sequence["Addressed"]) -> Iterator[tuple["Addressed", str]]:
     """Of some messages those that no row waits for, and why."""
+    from tasks.consumer import fault_in_fields
+
     rows = {row["job_id"]: row for row in app.store.jobs_by_id(sorted({one.correlation_id for one in messages}))}
     for message in messages:
-        headers = json.loads(message.envelope).get("headers") or {}
-        is_job = "task" in headers and app.is_recorded(headers["task"])
-        if is_job and (why := _why(headers, rows.get(message.correlation_id))):
+        headers = json.loads(message.envelope).get("headers")
+        if not isinstance(headers, Mapping) or "task" not in headers:
+            continue
+        if fault := fault_in_fields(headers):
+            yield message, f"{fault}; the worker that takes the message refuses it"
+        elif app.is_recorded(headers["task"]) and (why := _why(headers, rows.get(message.correlation_id))):
             yield message, why
 
 
@@ -80,7 +87,7 @@ def _why(headers: Mapping[str, Any], row: Mapping[str, Any] | None) -> str | Non
 
     if row is None:
         return "no row has this id (as of another client, or ENQUEUE=broker); the worker that takes it makes one"
-    publication = int(headers.get("publication") or 1)
+    publication = headers.get("publication") or 1
     if Status(row["status"]).is_terminal:
         return f"it is {row['status']}; the worker that takes the message drops it"
     if publication != row["publication"]:

@@ -1,5 +1,8 @@
 """Messages that the broker lost, and those that are due."""
 
+import json
+import sqlite3
+from contextlib import closing
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ from kombu.exceptions import OperationalError
 
 from db import schema
 from db.records import now
+from tasks.broker.ledger import ledger_of
 from tasks.cli import strays
 from tasks.reconciler import Reconciler
 from tests.acceptance.deployment import deployed
@@ -126,12 +130,52 @@ def test_messages_of_celerys_own_tasks_have_no_rows_and_are_no_strays(app, betwe
     assert list(strays.stray_messages(app)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("task", ["a"]), ("task", None), ("id", None), ("publication", "x"), ("publication", float("nan"))],
+    ids=range(5),
+)
+def test_a_message_that_a_worker_refuses_is_a_stray_with_the_reason(app, add, between_two_looks, name, value):
+    job = add.delay(1, 1)
+    rewrite(app, job, lambda headers: headers | {name: value})
+
+    ((job_id, why),) = strays.stray_messages(app)
+
+    assert job_id == job.id
+    assert why.startswith(f"add holds a message of it, and its field '{name}' is ")
+    assert why.endswith("; the worker that takes the message refuses it")
+
+
+@pytest.mark.parametrize("headers", [None, [], ["task"], {}], ids=["none", "empty", "list", "no-task"])
+def test_a_message_that_names_no_task_in_its_headers_is_no_stray(app, add, between_two_looks, headers):
+    rewrite(app, add.delay(1, 1), lambda _: headers)
+
+    assert list(strays.stray_messages(app)) == []
+
+
+def rewrite(app, job, changed):
+    """Change the headers of a message where it stands."""
+    with closing(sqlite3.connect(app.settings.server_dir / "broker.db")) as connection, connection:
+        (text,) = connection.execute("SELECT envelope FROM messages WHERE correlation_id = ?", (job.id,)).fetchone()
+        envelope = json.loads(text)
+        envelope["headers"] = changed(envelope["headers"])
+        connection.execute("UPDATE messages SET envelope = ? WHERE correlation_id = ?", (json.dumps(envelope), job.id))
+
+
 def test_a_broker_file_that_can_not_be_read_is_named_and_one_that_is_missing_holds_nothing(producer, app):
     assert list(strays.stray_messages(app)) == []
     (producer.server_dir / "broker.db").write_text("this is no database" * 100)
 
     with pytest.raises(OperationalError, match=r"broker\.db: it is no SQLite database"):
         list(strays.stray_messages(app))
+
+
+@pytest.mark.parametrize(("broker", "is_named"), [("", True), ("memory://", False)])
+def test_only_the_embedded_broker_names_its_messages(server_dir, tmp_path, broker, is_named):
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": broker} if broker else {}) as deployment:
+        ledger = ledger_of(deployment.app)
+
+        assert (ledger.names_messages, list(ledger.pages())) == (is_named, [])
 
 
 # Overdue jobs
