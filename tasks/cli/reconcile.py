@@ -30,11 +30,10 @@ def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
 
     reconciler = Reconciler(app)
     counts = {"found": 0, "mended": 0, "failed": 0, "uncertain": 0, "noted": 0}
-    said = set()
+    mended = set()
 
     def say(part: str, subject: str, text: str, outcome: str) -> None:
         counts[outcome] += 1
-        said.add(subject)
         note = {"uncertain": "not certain: ", "failed": "not mended: "}.get(outcome, "")
         fields = {"part": part, "subject": subject, "text": text, "outcome": outcome}
         click.echo(as_json(fields) if is_json else line(f"{note}{part}: {subject}: {text}"))
@@ -43,11 +42,12 @@ def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
         outcome = "found" if is_dry else _mended(finding)
         if outcome:
             say(finding.part, finding.subject, finding.text, outcome)
+        if outcome == "mended":
+            mended.add(finding.subject)
     for part, subject, text in _doubts(app, reconciler):
         say(part, subject, text, "uncertain")
-    mended = frozenset(said)
     for part, subject, text in _notes(app):
-        if subject not in mended:  # its old message, if it was
+        if subject not in mended:  # mending it has left its old message behind
             say(part, subject, text, "noted")
     if not is_json:
         click.echo(_summary(counts, is_dry=is_dry))

@@ -7,15 +7,20 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from celery import chain
+from click.testing import CliRunner
 from kombu.exceptions import OperationalError
 
 from db import schema
-from db.records import now
+from db.records import Status, now
 from tasks.broker.ledger import ledger_of
 from tasks.cli import strays
+from tasks.cli.reconcile import reconcile
+from tasks.errors import CorruptMedia
 from tasks.reconciler import Reconciler
+from tasks.rows import describe
 from tests.acceptance.deployment import deployed
-from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, publications
+from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, new_job, publications
 
 
 def settled(app, *jobs):
@@ -160,6 +165,31 @@ def rewrite(app, job, changed):
         envelope = json.loads(text)
         envelope["headers"] = changed(envelope["headers"])
         connection.execute("UPDATE messages SET envelope = ? WHERE correlation_id = ?", (json.dumps(envelope), job.id))
+
+
+def test_a_job_that_could_not_be_mended_hides_no_stray_message_and_one_that_was_does(
+    producer, app, add, between_two_looks, monkeypatch
+):
+    job = chain(add.s(1, 1), add.s(2))().parent
+    app.store.end(new_job(job.id), Status.FAILED, describe(CorruptMedia("the file is broken")))
+    change(app, job, completed_at=now() - timedelta(seconds=10))
+    stray = f"stray messages: {job.id}: add holds a message of it, and it is failed; "
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend, "tell", lambda _row: 1 / 0)
+        not_mended, noted, summary = reconciled(app)
+    assert not_mended.startswith(f"not mended: untold ends: {job.id}: ")
+    assert noted.startswith(stray)
+    assert summary == "1 not mended, 1 need no mending"
+
+    mended, summary = reconciled(app)
+    assert mended.startswith(f"untold ends: {job.id}: ")
+    assert summary == "1 mended"
+
+
+def reconciled(app):
+    """What `celery -A tasks reconcile` prints."""
+    return CliRunner().invoke(reconcile, obj=SimpleNamespace(app=app, no_color=False)).stdout.splitlines()
 
 
 def test_a_broker_file_that_can_not_be_read_is_named_and_one_that_is_missing_holds_nothing(producer, app):
