@@ -5,10 +5,21 @@ import sqlite3
 from contextlib import closing
 from datetime import timedelta
 
+import paho.mqtt.publish
 import pytest
+from celery import chain
+from paho.mqtt.client import MQTTv5
 
-from db.records import now
+from db.records import Status, now
+from tasks.errors import CorruptMedia
+from tasks.job import token_of
+from tasks.rows import describe
+from tests.acceptance.deployment import deployed
 from tests.tooling.waiting import eventually
+from tests.unit import jobs
+from tests.unit.jobs import claimed_by, messages, new_job
+
+SILENT_ELSEWHERE = "INSERT INTO worker_leases VALUES ('a-lease', 'far-1', 'another host', '2026-01-01 00:00:00.000000')"
 
 
 def dump(server_dir):
@@ -136,10 +147,7 @@ def test_every_lost_message_is_found_however_many_there_are(celery, server_dir, 
 
 def test_a_silent_worker_of_another_host_may_live_and_that_is_said(celery, server_dir):
     celery("db", "upgrade")
-    change(
-        server_dir / "media_store.db",
-        "INSERT INTO worker_leases VALUES ('a-lease', 'far-1', 'another host', '2026-01-01 00:00:00.000000')",
-    )
+    change(server_dir / "media_store.db", SILENT_ELSEWHERE)
 
     done = celery("reconcile")
 
@@ -212,3 +220,75 @@ def test_jobs_that_are_long_overdue_are_named_with_what_is_wrong(celery, command
     assert (said["part"], said["subject"], said["outcome"]) == ("overdue jobs", "late", "noted")
     assert f"it was due at {long_ago:%Y-%m-%d %H:%M:%S} UTC in add" in said["text"]
     assert said["text"].endswith("the worker that publishes what is due is behind" if is_served else "no worker lives")
+
+
+# One of each
+
+
+@pytest.fixture
+def mqtt(mosquitto):
+    """Settings of commands that look at a broker on which a worker is shown that nobody knows."""
+    prefix = f"{mosquitto.topic_prefix}/workers"
+    paho.mqtt.publish.single(
+        f"{prefix}/garage", "{}", retain=True, hostname=mosquitto.host, port=mosquitto.port, protocol=MQTTv5
+    )
+    where = {"MQTT_BROKER": mosquitto.host, "MQTT_PORT": mosquitto.port, "CAPABILITY_TOPIC_PREFIX": prefix}
+    return {"BROADCAST_TYPE": "mqtt", **where}
+
+
+def test_a_dry_run_names_one_of_each_and_changes_nothing(celery, mqtt, server_dir, tmp_path):
+    past = now() - timedelta(minutes=5)
+    with deployed(server_dir, tmp_path) as deployment:
+        app, add = deployment.app, deployment.task.add
+
+        # Given ends that were not told, and a lost message
+        failed, cancelled = (chain(add.s(n, n), add.s(1))().parent for n in range(2))
+        for job, status, ago_s in ((failed, Status.FAILED, 20), (cancelled, Status.CANCELLED, 10)):
+            app.store.end(new_job(job.id), status, describe(CorruptMedia("the file is broken")))
+            jobs.change(app, job, completed_at=now() - timedelta(seconds=ago_s))
+        lost = add.delay(2, 2)
+        jobs.change(app, lost, published_at=past)
+        messages(deployment, "add")
+
+        # ... a worker that died in mid-job, and one of another host that is silent
+        held = deployment.task.image_resize.delay(tmp_path / "in.jpg", tmp_path / "out.webp", width=9)
+        half_written = tmp_path / f".media-tasks-{token_of(held.id, claimed_by(app, held, 'edge-1'))}-abc.part"
+        half_written.touch()
+        change(server_dir / "media_store.db", SILENT_ELSEWHERE)
+
+        # ... a job whose time is over, one that nobody has published, and messages that no job waits for
+        expired = add.apply_async((3, 3), expires=60)
+        jobs.change(app, expired, expires_at=past)
+        overdue = add.apply_async((4, 4), countdown=60)
+        jobs.change(app, overdue, run_after_utc=past)
+        ended = add.delay(5, 5)
+        jobs.change(app, ended, status=Status.COMPLETED)
+    before = dump(server_dir)
+
+    # When one looks, twice
+    first, second = (celery("reconcile", "--dry-run", env=mqtt) for _ in range(2))
+
+    # Then all is said, and nothing is changed
+    at = f"{past:%Y-%m-%d %H:%M:%S} UTC"
+    topic = f"{mqtt['CAPABILITY_TOPIC_PREFIX']}/garage"
+    untold = "and what waits for it has not been told"
+    assert first.stdout.splitlines() == [
+        f"dead holders: {held.id}: its worker edge-1 is dead; attempt 1 is closed",
+        "dead holders: edge-1: the worker is dead",
+        f"untold ends: {failed.id}: it is failed, {untold}",
+        f"untold ends: {cancelled.id}: it is cancelled, {untold}",
+        f"expired jobs: {expired.id}: it expired at {at}",
+        f"lost messages: {lost.id}: the broker has no message of it in add; it is published again",
+        "not certain: dead holders: far-1: silent since 2026-01-01 00:00:00 UTC; "
+        "whether it is dead, only a worker can tell that looks for 15 s",
+        f"not certain: retained topics: {topic}: the job table knows no such worker; unless another deployment has a "
+        f"worker of this name: celery -A tasks mqtt cleanup {topic}",
+        f"overdue jobs: {overdue.id}: it was due at {at} in add, and nobody has published it: no worker lives",
+        f"stray messages: {ended.id}: add holds a message of it, and it is completed; "
+        "the worker that takes the message drops it",
+        "6 to mend, 2 not certain, 2 need no mending; nothing was changed",
+    ]
+    assert (first.returncode, first.stderr) == (0, "")
+    assert second == first
+    assert dump(server_dir) == before
+    assert half_written.exists()
