@@ -28,7 +28,7 @@ def deployment(request, module_server_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def json_worker(deployment):
-    return deployment.start_worker("--concurrency=1", "-X", "note", env={"LOG_FORMAT": "json"})
+    return deployment.start_worker("--concurrency=1", env={"LOG_FORMAT": "json"})
 
 
 def refused(deployment, *args, **env):
@@ -140,16 +140,16 @@ def test_neither_arguments_nor_results_are_logged(deployment, json_worker):
     assert "hunter2" not in json_worker.log()
 
 
-def test_arguments_are_not_logged_at_debug_either(deployment, tmp_path):
-    worker = deployment.start_worker("--concurrency=1", "-Q", "note", "--loglevel=DEBUG")
-    job = deployment.task.note.delay(str(tmp_path / "notes"), "hunter2")
-    assert job.get(**GET) == "hunter2"
+def test_arguments_are_not_logged_at_debug_either(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path) as own:
+        worker = own.start_worker("--concurrency=1", "--loglevel=DEBUG")
+        job = own.task.secret_keeper.delay("hunter2")
+        job.get(**GET)
 
-    log = worker.wait_for_log(f"note[{job.id}] succeeded")
+        log = worker.wait_for_log(f"secret_keeper[{job.id}] succeeded")
 
     assert "TaskPool: Apply" in log
     assert "hunter2" not in log
-    deployment.stop(worker)
 
 
 def test_a_password_in_a_url_is_not_shown_by_a_worker_that_cannot_connect(deployment):
