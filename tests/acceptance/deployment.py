@@ -123,7 +123,7 @@ def forget_settings(app: Any) -> None:
     app._pool = app._conf = app._backend_cache = None
     if "store" in app.__dict__:
         app.store.database.close()
-    for name in ("settings", "store", "amqp", "worker_id", "leases", "lease"):
+    for name in ("settings", "store", "amqp", "control", "worker_id", "leases", "lease"):
         app.__dict__.pop(name, None)
     settings.cache_clear()
     sys.modules.pop("celeryconfig", None)
