@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,14 +240,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.fixture
-def server_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def server_dir() -> Iterator[Path]:
     """An empty CL_SERVER_DIR, also set in this process's environment.
 
     Its path is short: a unix socket's path holds about 100 bytes, and pytest's own folders are longer than that.
     """
     path = Path(tempfile.mkdtemp(prefix="mt-")).resolve()
-    monkeypatch.setenv("CL_SERVER_DIR", str(path))
-    yield path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CL_SERVER_DIR", str(path))
+        yield path
+    if (loaded := sys.modules.get("tasks.celery")) is not None:  # it may have read its settings since the test's end
+        from tests.acceptance.deployment import forget_settings
+
+        forget_settings(loaded.app)
     shutil.rmtree(path, ignore_errors=True)
 
 
