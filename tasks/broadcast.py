@@ -25,7 +25,7 @@ LAST_EVENTS_WITHIN_S: Final = 1.0
 
 
 class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
-    """Started after the pool has forked and the upkeep has begun, stopped before it."""
+    """Started after the pool has forked and the upkeep has begun, before the consumer; stopped before the upkeep."""
 
     requires = ("tasks.upkeep:Upkeep",)
 
@@ -44,6 +44,7 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._sink = MqttSink(self._app.settings, self._app.worker_id, (self._look, self._poll))
         self._relay = Relay(self._app, self._sink, self._has_duty)
         self._is_silent = False
+        self._begin()
         self._sink.start()
         self._threads = [
             threading.Thread(target=self._show, name="capability", daemon=True),
@@ -51,6 +52,17 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         ]
         for thread in self._threads:
             thread.start()
+
+    def _begin(self) -> None:
+        """Fix where the log is told from before the consumer, the last step to start, can claim a job.
+
+        While the database is away nobody claims one, and the relay's first round does it.
+        """
+        try:
+            self._relay.begin()
+        except SQLAlchemyError as exc:
+            logger.warning("events are told later: %s", exc)
+            self._is_silent = True
 
     def stop(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
         if self._stopping.is_set():

@@ -54,7 +54,7 @@ class Sink(Protocol):
 
 
 class Relay:
-    """One worker's. Call `round` again and again, from one thread.
+    """One worker's. Call `begin` first; then `round` again and again, from one thread.
 
     Args:
         has_duty: Takes the duty, or finds that another living worker has it.
@@ -76,14 +76,18 @@ class Relay:
     def is_on_duty(self) -> bool:
         return self._log is not None
 
+    def begin(self) -> None:
+        """Fix where the log is told from, if it never was: before this worker can claim a job."""
+        if not self._has_begun:
+            self._app.store.begin_relay(DUTY)
+            self._has_begun = True
+
     def round(self) -> float:
         """Tell what there is to tell; seconds from its begin to that of the next one.
 
         A wait of IDLE_S ends when the sink has confirmed all, or opens.
         """
-        if not self._has_begun:
-            self._app.store.begin_relay(DUTY)
-            self._has_begun = True
+        self.begin()
         if not self._sink.is_open:
             self.leave()
             return IDLE_S

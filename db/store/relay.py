@@ -45,6 +45,16 @@ _CHANGES: Final = (
 )
 _CHANGES_AFTER: Final = _CHANGES.where(_log.id > bindparam("b_after"))
 _LAST: Final = select(func.max(_log.id))
+# The others name the worker of the attempt, whoever writes them: a command, or a reconciler, perhaps of a worker that
+# is just starting.
+_LAST_OF_A_WORKER: Final = (
+    select(_log.id)
+    .where(
+        _log.job_id.is_not(None), _log.worker_id.is_not(None), _log.event_type.not_in(("lost", "failed", "cancelled"))
+    )
+    .order_by(_log.id.desc())
+    .limit(1)
+)
 _RISING: Final = select(
     _job.job_id,
     _job.task_type,
@@ -67,13 +77,22 @@ class Relaying(Part):
     """Reads for a relay, and its place in the log, which is kept with its duty."""
 
     def begin_relay(self, duty: str) -> None:
-        """Fix where the log is told from, at the very first time: what was written before is not told."""
-        end = select(func.coalesce(func.max(_log.id), 0)).scalar_subquery()
-        new = self._insert(duties).values(name=duty, position=end, since=now())
+        """Fix where the log is told from, at the very first time: what no worker has touched yet is told from its first
+        change on, and not the history of workers that told nothing (BROADCAST_TYPE=noop).
+
+        So it has to come before a worker that relays can claim a job. That first time it reads the log backwards to the
+        last row that a worker wrote on a job: all of it, if there is none.
+        """
+        position = select(duties.c.position).where(duties.c.name == duty)
+        with self._reading() as connection:
+            if connection.scalar(position) is not None:
+                return
+            begin = connection.scalar(_LAST_OF_A_WORKER) or 0
+        new = self._insert(duties).values(name=duty, position=begin, since=now())
         is_first = duties.c.position.is_(None)
         with self._changing() as connection:
             connection.execute(
-                new.on_conflict_do_update(index_elements=["name"], set_={"position": end}, where=is_first)
+                new.on_conflict_do_update(index_elements=["name"], set_={"position": begin}, where=is_first)
             )
 
     def relay_position(self, duty: str, lease: str) -> int | None:

@@ -230,14 +230,32 @@ def test_completed_comes_within_100_ms_of_the_row(started, listener):
     assert p99s_ms[-1] < 100
 
 
-def test_the_first_relay_begins_at_the_end_of_the_log(deployment, listener, worker_id):
+def test_what_is_submitted_before_the_first_worker_is_told_from_its_first_change_on(deployment, listener, worker_id):
+    jobs = [deployment.task.add.delay(number, 1) for number in range(3)]
+    cancelled = jobs.pop()
+    control.cancel(cancelled.id)
+
+    deployment.start_worker("--concurrency=2", "-Q", "add")
+
+    for job in jobs:
+        listener.wait_for_change(job, "completed")
+        assert told(listener, job) == ["queued", "processing", "processing", "completed"]
+    listener.wait_for_change(cancelled, "cancelled")
+    assert told(listener, cancelled) == ["queued", "cancelled"]
+
+
+def test_the_history_of_a_deployment_that_had_no_mqtt_is_not_told(deployment, listener, worker_id):
+    worker = deployment.start_worker("-Q", "add", env={"BROADCAST_TYPE": "noop"})
     before = deployment.task.add.delay(1, 1)
-    deployment.start_worker("-Q", "total")
-    _wait_for_relay(deployment)
-    after = deployment.task.add.delay(2, 2)
+    before.get(timeout=20)
+    worker.terminate()
+    worker.wait()
+    since = deployment.task.add.delay(2, 2)
 
-    listener.wait_for_change(after, "queued")
+    deployment.start_worker("-Q", "add")
 
+    listener.wait_for_change(since, "completed")
+    assert told(listener, since) == ["queued", "processing", "processing", "completed"]
     assert listener.events(before) == []
 
 

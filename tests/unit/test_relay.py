@@ -2,10 +2,15 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
+from celery.worker.components import Consumer
+from sqlalchemy.exc import OperationalError
 
 from db.records import Failure, NewJob, Status
+from tasks import control
+from tasks.broadcast import Broadcast
 from tasks.relay import Relay
 
 
@@ -176,30 +181,111 @@ def test_the_place_in_the_log_never_goes_back(relay, store, producer):
     assert store.relay_position("relay", producer.app.lease) == 7
 
 
+@pytest.fixture
+def first_told(producer, store, sink):
+    """A function: what the first relay of these tables tells of what is in them, as (job_id, sequence)."""
+
+    def first_told():
+        relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
+        relay.begin()
+        relay.round()
+        return [(event["job_id"], event["sequence"]) for event in sink.taken()]
+
+    return first_told
+
+
+def test_the_first_relay_tells_what_was_written_before_any_worker(store, first_told):
+    enqueue(store, "a", "b")
+    control.cancel("b")
+    store.log_worker("w", "started", "worker started")
+
+    assert first_told() == [("a", 1), ("b", 1), ("b", 2)]
+
+
+def test_the_first_relay_tells_no_history_of_workers_but_what_was_submitted_since(store, first_told):
+    enqueue(store, "old", "waiting")
+    store.complete("old", claim(store, "old"), {})
+    enqueue(store, "new")
+    control.cancel("waiting")
+
+    assert first_told() == [("new", 1), ("waiting", 2)]
+
+
+@pytest.mark.parametrize("event", ["lost", "failed", "cancelled"])
+def test_what_is_written_for_a_dead_attempt_does_not_hide_what_was_submitted_before(store, first_told, event):
+    enqueue(store, "old")
+    attempt = claim(store, "old")
+    enqueue(store, "new")
+    if event == "lost":
+        store.close("old", attempt, reason="its worker died")
+    else:
+        job = NewJob(job_id="old", task_type="add", queue="add", parameters={})
+        store.end(job, Status(event), Failure(error_type="E", error_message="e"))
+
+    assert first_told() == [("new", 1), ("old", 4)]
+
+
+def test_where_the_first_relay_begins_is_fixed_once(producer, store, sink, first_told):
+    enqueue(store, "before")
+    Relay(producer.app, sink, lambda name: False).begin()
+    store.complete("before", claim(store, "before"), {})
+
+    assert first_told() == [("before", number) for number in (1, 2, 3, 4)]
+
+
 def test_what_happens_while_the_broker_is_away_from_the_very_first_start_on_is_told_when_it_comes(
     producer, store, sink
 ):
-    enqueue(store, "before")
     relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
     sink.is_open = False
 
     relay.round()
     enqueue(store, "meanwhile")
+    claim(store, "meanwhile")
     sink.is_open = True
     relay.round()
 
-    assert [event["job_id"] for event in sink.told] == ["meanwhile"]
+    assert [(event["job_id"], event["sequence"]) for event in sink.told] == [
+        ("meanwhile", 1),
+        ("meanwhile", 2),
+        ("meanwhile", 3),
+    ]
 
 
-def test_the_first_relay_begins_at_the_end(producer, store, sink):
-    enqueue(store, "before")
-    relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
+class TestBroadcast:
+    """The worker's step: `start` returns before the consumer is started."""
 
-    relay.round()
-    enqueue(store, "after")
-    relay.round()
+    @pytest.fixture
+    def step(self, producer, store, monkeypatch):
+        monkeypatch.setattr("tasks.sinks.mqtt.MqttSink.start", lambda self: None)
+        monkeypatch.setattr(Broadcast, "_show", lambda self: None)
+        monkeypatch.setattr(Broadcast, "_tell", lambda self: None)
+        step = Broadcast(SimpleNamespace(app=producer.app))
+        yield step
+        step.stop(None)
 
-    assert [event["job_id"] for event in sink.told] == ["after"]
+    def test_where_to_begin_is_fixed_when_it_has_started(self, step, store, first_told):
+        enqueue(store, "a")
+
+        step.start(None)
+
+        claim(store, "a")
+        assert first_told() == [("a", 1), ("a", 2), ("a", 3)]
+
+    def test_a_database_that_is_away_does_not_keep_it_from_starting(self, step, store, monkeypatch, caplog):
+        def fail(_duty):
+            raise OperationalError("", None, Exception("the database is away"))
+
+        monkeypatch.setattr(store, "begin_relay", fail)
+
+        step.start(None)
+
+        assert "events are told later" in caplog.text
+
+    def test_it_is_started_before_the_consumer(self):
+        """Celery starts the one step that is `last` after all others."""
+        assert Consumer.last
+        assert not Broadcast.last
 
 
 def test_a_retry_and_a_failure_say_why_even_when_the_row_has_moved_on(relay, store, sink):

@@ -137,3 +137,21 @@ def test_a_kept_connection_is_one_connection(store):
         assert session() == session()
         enqueue(store, "a")
     assert session()[0]
+
+
+def test_the_first_relay_begins_after_the_last_row_that_a_worker_wrote(store):
+    def begins(duty):
+        store.begin_relay(duty)
+        store.take_duty(duty, "lease", after=None)
+        return store.relay_position(duty, "lease")
+
+    enqueue(store, "a", "b")
+    store.log_worker("w", "started", "worker started")
+    assert begins("without a worker") == 0
+
+    job = NewJob(job_id="a", task_type="add", queue="add", parameters={})
+    store.claim(job, job_id="a", publication=1, worker_id="w", lease=None, is_loss=False, judge=None, max_deaths=3)
+    last = max(row["id"] for row in store.logs("a"))
+    enqueue(store, "c")
+    assert begins("after a worker") == last
+    assert begins("without a worker") == 0
