@@ -73,6 +73,8 @@ class MqttSink:
         except UnicodeError as exc:
             self._warn(trouble.unreachable(self._settings, exc))
             return
+        for what in trouble.ignored(self._settings):
+            logger.warning(what)
         client.will_set(self._topic, b"", qos=1, retain=True)
         client.max_inflight_messages_set(0)  # the window bounds them; paho looks through all at each confirmation
         client.max_queued_messages_set(2 * WINDOW)

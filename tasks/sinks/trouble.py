@@ -1,4 +1,4 @@
-"""What keeps a client from its MQTT broker, as one line that names the variable to look at; never a secret.
+"""What keeps a client from its MQTT broker, or from what was meant, as lines that name the variable; never a secret.
 
 In: the settings, and what paho raised or was answered. Out: text, for a warning or the end of a command.
 """
@@ -31,6 +31,27 @@ CLIENT_CERTIFICATE_ALERTS: Final = (
 
 def address(settings: "Settings") -> str:
     return f"{settings.mqtt_broker}:{settings.mqtt_port}"
+
+
+def ignored(settings: "Settings") -> list[str]:
+    """What is set and has no effect, for lack of another variable."""
+    said = []
+    files = {
+        "MQTT_CA_CERT": settings.mqtt_ca_cert,
+        "MQTT_CLIENT_CERT": settings.mqtt_client_cert,
+        "MQTT_CLIENT_KEY": settings.mqtt_client_key,
+    }
+    given = " and ".join(name for name, file in files.items() if file is not None)
+    if given and not settings.mqtt_use_tls:
+        said.append(
+            f"MQTT_USE_TLS is off in spite of {given}: all goes to the MQTT broker {address(settings)} in clear, "
+            f"a password too; set MQTT_USE_TLS=on, or unset {given}"
+        )
+    elif files["MQTT_CLIENT_KEY"] is not None and files["MQTT_CLIENT_CERT"] is None:
+        said.append("MQTT_CLIENT_KEY is not used without MQTT_CLIENT_CERT; set both, or neither")
+    if settings.mqtt_password is not None and settings.mqtt_username is None:
+        said.append("MQTT_PASSWORD is not sent without MQTT_USERNAME; set both, or neither")
+    return said
 
 
 def unreachable(settings: "Settings", exc: Exception) -> str:
