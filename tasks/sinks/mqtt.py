@@ -211,7 +211,8 @@ class MqttSink:
                 code,
                 self._settings.mqtt_username or "anyone",
             )
-        self._closings.confirmed()
+        if mid in self._told or mid in self._showing:  # what is mentioned counts as published when it is written
+            self._closings.confirmed()
         self._told.confirm(mid)
         self._showing.confirm(mid)
         if mid == self._last_told:
@@ -260,6 +261,10 @@ class Awaited:
         while self._confirmed:
             self._numbers.discard(self._confirmed.popleft())
         return len(self._numbers)
+
+    def __contains__(self, number: int) -> bool:
+        """From any thread; False, too, for one that is confirmed before it is added."""
+        return number in self._numbers
 
     def has_any(self) -> bool:
         """From any thread."""

@@ -1,9 +1,16 @@
 """What the end of a connection tells, by its reason code and by how the ones before it ended."""
 
-import pytest
+import itertools
+from types import SimpleNamespace
 
+import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
+
+from tasks.settings import read_settings
 from tasks.sinks import closings
 from tasks.sinks.closings import KEEP_ALIVE_TIMEOUT, SESSION_TAKEN_OVER, Cause, Closings
+from tasks.sinks.mqtt import MqttSink
 
 UNSPECIFIED = 0x80
 
@@ -89,3 +96,20 @@ def test_a_connection_on_which_others_were_confirmed_has_to_be_closed_at_once_fo
     assert [close(lived_s=2, **kept), close(lived_s=1, **kept)] == [Cause.OUTAGE, Cause.OUTAGE]
     close.history.missed()
     assert [close(lived_s=0.4, **kept), close(lived_s=0.4, **kept)] == [Cause.OUTAGE, Cause.TOO_LARGE]
+
+
+def test_only_what_the_broker_answers_is_confirmed(monkeypatch):
+    """paho says of a message with QoS 0 that it is published when it is written."""
+    sink, confirmations, numbers = MqttSink(read_settings({"HOME": "/home/x"}), "w"), [], itertools.count(1)
+    monkeypatch.setattr(sink._closings, "confirmed", lambda: confirmations.append(1))
+    sink._client, sink._is_open = SimpleNamespace(publish=lambda *_, **__: SimpleNamespace(mid=next(numbers))), True
+    sink.mention('{"number": 1}')
+    sink.tell(['{"number": 2}'])
+    sink.show(["add"], 1, is_draining=False)
+
+    counts = []
+    for number in (1, 2, 3):
+        sink._on_publish(None, None, number, ReasonCode(PacketTypes.PUBACK), None)
+        counts.append(len(confirmations))
+
+    assert counts == [0, 1, 2]
