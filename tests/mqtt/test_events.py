@@ -11,6 +11,7 @@ import pytest
 
 from tasks import control
 from tests.acceptance.deployment import kill_pool_child_that_notes, lines
+from tests.mqtt.changes import check_told_as_logged
 from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
@@ -102,6 +103,35 @@ def test_a_lost_process_and_a_poison_job_are_told(started, listener, tmp_path):
     error = listener.wait_for_change(poison, "error", 40)
     assert error["data"]["error_type"] == "WorkerLost"
     assert told(listener, poison).count("lost") == 3
+
+
+def test_what_gives_a_job_back_to_its_queue_is_told_as_its_log_has_it(deploy, listener, mosquitto, worker_id):
+    deployment = deploy(mosquitto.port, LEASE_RENEW_S="0.5")
+    task = deployment.task
+    without_message = task.add.delay(1, 2)
+    with deployment.app.connection_for_write() as connection, connection.channel() as channel:
+        assert channel.basic_get("add", no_ack=True).headers["id"] == without_message.id
+    expired = task.total.apply_async(([1],), expires=0.3)
+    deployment.start_worker("-Q", "add,become_add,fail")
+    stopped = deployment.start_worker("--concurrency=1", "-Q", "stay", env={"WORKER_ID": f"{worker_id}-2"})
+
+    released = task.stay.delay("/dev/null", 60.0)
+    replayed = task.fail.delay()
+    replaced = task.become_add.delay(1)
+    deployment.wait_for(released, "running")
+    stopped.signal(signal.SIGQUIT)
+    deployment.wait_for(replayed, "failed")
+    assert control.replay(replayed.id)
+
+    attempt = ["claimed", "started"]
+    for job, names in {
+        without_message: ["created", "republished", *attempt, "completed"],
+        expired: ["created", "cancelled"],
+        released: ["created", *attempt, "released"],
+        replayed: ["created", *attempt, "failed", "replayed", *attempt, "failed"],
+        replaced: ["created", *attempt, "replaced", *attempt, "completed"],
+    }.items():
+        check_told_as_logged(deployment, listener, job, names)
 
 
 def test_progress_rises_and_ends_at_100(started, listener):

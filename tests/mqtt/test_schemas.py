@@ -12,6 +12,7 @@ from jsonschema import Draft7Validator, Draft202012Validator, ValidationError
 from tasks.settings import read_settings
 from tasks.sinks import topics
 from tests.mqtt import messages
+from tests.mqtt.changes import CHANGES
 from tests.mqtt.messages import SCHEMAS, SINKS, validate
 
 EVENTS = "any/events"
@@ -132,6 +133,14 @@ def test_each_message_of_a_channel_is_one_that_is_described_and_sent_by_one_oper
 
 
 # What is right
+
+
+def test_every_change_that_is_written_is_told():
+    told = {name: (topics.EVENT_TYPES[name], topics.STATUS_AFTER[name]) for name in topics.EVENT_TYPES}
+
+    assert told.pop("progress") == ("processing", "running"), "it is told without a row in the log"
+    assert told == CHANGES
+    assert topics.STATUS_AFTER.keys() == topics.EVENT_TYPES.keys()
 
 
 @pytest.mark.parametrize("change", topics.EVENT_TYPES)
