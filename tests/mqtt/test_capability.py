@@ -1,6 +1,7 @@
 """A worker's capability: what it can do and how much of it now, for as long as it lives."""
 
 import json
+import random
 import signal
 import subprocess
 import time
@@ -23,9 +24,10 @@ POOLS = pytest.mark.parametrize(
         (["--pool=solo", "--concurrency=4"], 1),
     ],
 )
-# What is told follows within a second, and half of one for the way there on a machine that has more to do.
-RIGHT_WITHIN_S = 1.5
+# What is told follows within a second, and a tenth of one for the way there.
+RIGHT_WITHIN_S = 1.0 + 0.1
 QUIET_S = 3.0
+STEPS = 6
 
 
 def test_it_is_retained_from_when_the_worker_is_ready(deployment, listen, mosquitto, worker_id):
@@ -69,13 +71,55 @@ def test_idle_count_follows_the_jobs_within_a_second(deployment, listener, worke
     listener.wait_for_capability(worker_id, 1.0, idle_count=0)
     for job in jobs:
         deployment.wait_for(job, "completed")
-    ended_at = time.time()
+    ended_at = max(deployment.row(job)["completed_at"].timestamp() for job in jobs)
     listener.wait_for_capability(worker_id, 1.0, idle_count=slots)
 
     counts = [heard.payload["idle_count"] for heard in listener.of_worker(worker_id)]
     assert min(counts) == 0
     assert max(counts) == slots
-    assert listener.of_worker(worker_id)[-1].at - ended_at < 1
+    assert listener.of_worker(worker_id)[-1].at - ended_at < RIGHT_WITHIN_S
+
+
+def test_idle_count_of_a_worker_that_tells_no_events_is_right_within_a_second_too(deployment, listener, worker_id):
+    """The confirmations of a relay's events make it look; the others look only at their own pace."""
+    deployment.start_worker("-Q", "total")
+    eventually(lambda: deployment.app.store.duty_holder("relay"), 10)
+    serving = {task: f"{worker_id}-{task}" for task in ("note", "stay")}
+    for task, name in serving.items():
+        deployment.start_worker("--concurrency=1", "-Q", task, env={"WORKER_ID": name})
+    for name in serving.values():
+        listener.wait_for_capability(name, idle_count=1)
+
+    steps = {name: [] for name in serving.values()}
+    for _ in range(STEPS):
+        time.sleep(_a_while_s())
+        jobs = {
+            "note": deployment.task.note.delay("/dev/null", "", _a_while_s()),
+            "stay": deployment.task.stay.delay("/dev/null", _a_while_s()),
+        }
+        for task, job in jobs.items():
+            row = deployment.wait_for(job, "completed")
+            steps[serving[task]] += [(row["started_at"].timestamp(), 0), (row["completed_at"].timestamp(), 1)]
+    for name in serving.values():
+        listener.wait_for_capability(name, RIGHT_WITHIN_S, idle_count=1)
+
+    delays_s = [
+        _told_after_s(listener.of_worker(name), at, idle_count) for name in steps for at, idle_count in steps[name]
+    ]
+    print(f"idle_count was right after at most {max(delays_s):.2f} s")
+    assert max(delays_s) < RIGHT_WITHIN_S
+
+
+def _a_while_s():
+    """So long that what is told can follow, and never in step with the looks of a worker."""
+    return random.SystemRandom().uniform(RIGHT_WITHIN_S, RIGHT_WITHIN_S + 1)
+
+
+def _told_after_s(heard, at, idle_count):
+    """How long after `at` this number was told; 0 if it was already."""
+    if [one.payload["idle_count"] for one in heard if one.at <= at][-1] == idle_count:
+        return 0.0
+    return next(one.at - at for one in heard if one.at > at and one.payload["idle_count"] == idle_count)
 
 
 @POOLS
