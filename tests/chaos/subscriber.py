@@ -1,8 +1,9 @@
 """A subscriber that wants every event: it has a session, which the broker keeps while either of them is away.
 
-In: events, each of which must fit its schema. Out: the changes of each job as the README's subscriber sees them, each
-once. As they come at least once and in order, they must be the job's log, without a gap; but for its absences:
-Mosquitto 2.0.11 drops what it has confirmed for a session that it restored from disk and whose client is not back yet.
+In: events and workers' capabilities, each of which must fit its schema. Out: the changes of each job as the README's
+subscriber sees them, each once. As they come at least once and in order, they must be the job's log, without a gap; but
+for its absences: Mosquitto 2.0.11 drops what it has confirmed for a session that it restored from disk and whose client
+is not back yet.
 """
 
 import json
@@ -15,7 +16,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from tests.mqtt.messages import checked
+from tests.mqtt.messages import validate
 from tests.services import HOST
 from tests.tooling.waiting import eventually
 
@@ -25,12 +26,18 @@ KEEPALIVE_S = 600
 
 
 class Subscriber:
-    """Connected when it is made, and again by itself whenever the broker is back."""
+    """Connected when it is made, and again by itself whenever the broker is back.
+
+    Args:
+        topic: That of events; all that is beside it is heard, too.
+    """
 
     def __init__(self, port: int, topic: str) -> None:
         self.changes: dict[str, list[tuple[int, str]]] = defaultdict(list)
         """{job: (sequence, event_type) of each change}"""
-        self._payloads: list[bytes] = []
+        self.messages = 0
+        """How many events, repetitions and progress among them."""
+        self._heard: list[tuple[str, bytes]] = []
         self.absences: list[tuple[datetime, datetime]] = []
         """From when to when the connection was away."""
         self._left_at: datetime | None = None
@@ -52,16 +59,13 @@ class Subscriber:
         """Leave.
 
         Raises:
-            jsonschema.ValidationError: A message was no event.
+            jsonschema.ValidationError: A message was none of its topic.
+            AssertionError: A topic was none of asyncapi.yaml, or that of another worker.
         """
         self._client.disconnect()
         self._client.loop_stop()
-        for payload in self._payloads:
-            checked("event", payload)
-
-    @property
-    def messages(self) -> int:
-        return len(self._payloads)
+        for topic, payload in self._heard:
+            validate(topic, payload)
 
     @property
     def heard(self) -> int:
@@ -73,7 +77,7 @@ class Subscriber:
             self.absences.append((self._left_at, datetime.now(UTC)))
             self._left_at = None
         if not flags.session_present:
-            client.subscribe(self._topic, qos=1)
+            client.subscribe(f"{self._topic.rpartition('/')[0]}/#", qos=1)
 
     def _on_disconnect(self, *_: Any) -> None:
         self._left_at = self._left_at or datetime.now(UTC)
@@ -82,8 +86,11 @@ class Subscriber:
         self._is_subscribed = True
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        self._heard.append((message.topic, message.payload))
+        if message.topic != self._topic:
+            return
+        self.messages += 1
         event = json.loads(message.payload)
-        self._payloads.append(message.payload)
         mine = self.changes[event["job_id"]]
         if not mine or event["sequence"] > mine[-1][0]:
             mine.append((event["sequence"], event["event_type"]))

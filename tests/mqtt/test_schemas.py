@@ -6,14 +6,18 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+import paho.mqtt.publish
 import pytest
 from jsonschema import Draft7Validator, Draft202012Validator, ValidationError
+from paho.mqtt.client import MQTTv5
 
 from tasks.settings import read_settings
 from tasks.sinks import topics
+from tests.chaos.subscriber import Subscriber
 from tests.mqtt import messages
 from tests.mqtt.changes import CHANGES
 from tests.mqtt.messages import SCHEMAS, SINKS, validate
+from tests.tooling.waiting import eventually
 
 EVENTS = "any/events"
 WORKER = "any/workers/worker-1"
@@ -284,3 +288,25 @@ def test_nothing_but_a_capability_is_said_in_a_workers_topic():
     for payload in ("gone", " ", "null", json.dumps(event())):
         with pytest.raises(ValidationError):
             validate(WORKER, payload)
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload"),
+    [
+        ("workers/worker-1", capability(idle_count=-1)),
+        ("workers/worker-2", capability()),
+        ("events", event(sequence=0)),
+    ],
+    ids=["capability", "topic", "event"],
+)
+def test_what_the_subscriber_of_the_chaos_runs_hears_is_checked(private_mosquitto, topic, payload):
+    port = private_mosquitto().port
+    subscriber = Subscriber(port, "any/events")
+    topics_and_payloads = [(f"any/{topic}", json.dumps(payload)), (EVENTS, json.dumps(event()))]
+    paho.mqtt.publish.multiple(
+        [(one, text, 1, False) for one, text in topics_and_payloads], hostname="127.0.0.1", port=port, protocol=MQTTv5
+    )
+    eventually(lambda: subscriber.heard, 10)
+
+    with pytest.raises((ValidationError, AssertionError)):
+        subscriber.close()

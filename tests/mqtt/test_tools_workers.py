@@ -12,7 +12,7 @@ ID = "8af269fb-e3fe-466a-b147-05f91584394b"
 def crew(tools):
     """One that works, one that stops, one that is gone."""
     tools.show("edge-1", "image_resize", "image_conversion", idle_count=0)
-    tools.show("edge-2", "image_resize", idle_count=3, is_draining=True)
+    tools.show("edge-2", "image_resize", idle_count=0, is_draining=True)
     tools.show("gone", "image_resize")
     tools.publish(f"{tools.settings.capability_topic_prefix}/gone", b"", is_retained=True)
     tools.claim(tools.job(ID), "edge-1")
@@ -27,7 +27,7 @@ def test_the_table_shows_who_is_alive_and_what_each_does_now(crew):
     assert len(lines) == 3
     resizes = "image_resize, image_conversion  image_resize 8af269fb 40 %"
     assert re.fullmatch(rf"edge-1  busy +0  \d\d:\d\d:\d\d  {resizes}", lines[1].rstrip())
-    assert re.fullmatch(r"edge-2  draining +3  \d\d:\d\d:\d\d  image_resize", lines[2].rstrip())
+    assert re.fullmatch(r"edge-2  draining +0  \d\d:\d\d:\d\d  image_resize", lines[2].rstrip())
 
 
 def test_in_80_columns_each_worker_is_one_line(crew):

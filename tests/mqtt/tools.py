@@ -22,6 +22,7 @@ from tasks.cli.mqtt import mqtt
 from tasks.settings import read_settings
 from tasks.sinks import topics
 from tests.cli.conftest import REPOSITORY, TERMINAL, Commands
+from tests.mqtt.messages import checked
 from tests.services import MosquittoServer
 from tests.tooling.environment import without_settings
 
@@ -139,6 +140,7 @@ class Tools(Commands):
     def show(self, worker_id: str, *capabilities: str, idle_count: int = 1, is_draining: bool = False) -> None:
         """A live worker's capability, retained."""
         payload = topics.capability(worker_id, capabilities, idle_count, is_draining=is_draining)
+        checked("capability", payload)
         self.publish(f"{self.settings.capability_topic_prefix}/{worker_id}", payload, is_retained=True)
 
     def clean_up(self) -> None:
