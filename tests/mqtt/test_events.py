@@ -1,8 +1,10 @@
 """The events of jobs: every change once it is true, in order, each with its number."""
 
 import itertools
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import pytest
 
 from tasks import control
 from tests.acceptance.deployment import kill_pool_child_that_notes, lines
-from tests.mqtt.changes import check_told_as_logged
+from tests.mqtt.changes import CHANGES, check_told_as_logged
 from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
 from tests.tooling.worker import REPOSITORY
@@ -344,6 +346,44 @@ def test_a_relay_that_stops_hands_over(deployment, listener, worker_id):
     deployment.start_worker("--concurrency=2", env={"WORKER_ID": f"{worker_id}-2"})
 
     _run(deployment, listener, first.terminate)
+
+
+def test_what_is_told_is_in_the_tables_for_whoever_reads_them_then(started, listen, mosquitto, server_dir):
+    untrue, times = [], itertools.count()
+    started.task.add.delay(0, 0).get(timeout=20)
+    tables = sqlite3.connect(f"file:{server_dir / 'media_store.db'}?mode=ro", uri=True, check_same_thread=False)
+
+    def read_now(event):
+        next(times)
+        logged = tables.execute(
+            "SELECT event_type, log.sequence <= job.sequence FROM task_logs log JOIN task_queue job USING (job_id)"
+            " WHERE job_id = ? AND log.sequence = ?",
+            (event["job_id"], event["sequence"]),
+        ).fetchone()
+        if logged is None or (CHANGES[logged[0]], logged[1]) != ((event["event_type"], event["status"]), True):
+            untrue.append((event, logged))
+
+    def read_at_each_event(client):
+        keep = client.on_message
+
+        def on_message(client, data, message):
+            if message.topic.endswith("/events"):
+                read_now(json.loads(message.payload))
+            keep(client, data, message)
+
+        client.on_message = on_message
+
+    listener = listen(mosquitto.port, setup=read_at_each_event)
+    jobs = [
+        started.task.fail.delay() if number % 5 == 0 else started.task.add.delay(number, 1) for number in range(200)
+    ]
+
+    for job in jobs:
+        eventually(lambda job=job: len(listener.changes(job)) == 4, 40)
+    listener.close()
+    tables.close()
+    assert untrue == []
+    assert next(times) >= 4 * len(jobs)
 
 
 def test_the_same_on_rabbitmq_and_postgresql(
