@@ -97,7 +97,10 @@ def test_a_frozen_broker_slows_no_job_and_costs_no_memory(deploy, listen, privat
     assert time.time() * 1000 - idle["timestamp"] < 60_000
 
 
-def test_large_results_cost_no_memory_while_the_broker_is_frozen(deploy, listen, private_mosquitto, worker_id):
+@pytest.mark.parametrize(("leave", "come_back"), [("pause", "resume"), ("stop", "start")])
+def test_large_results_cost_no_memory_while_the_broker_is_away(
+    deploy, listen, private_mosquitto, worker_id, leave, come_back
+):
     from tests.mqtt import capabilities
 
     broker = private_mosquitto("max_queued_messages 0")
@@ -106,20 +109,56 @@ def test_large_results_cost_no_memory_while_the_broker_is_frozen(deploy, listen,
     listener = listen(broker.port)
     listener.wait_for_capability(worker_id)
     listener.wait_for_change(capabilities.weigh.delay(60_000), "completed")
+
     before = _memory_mib(worker.pid)
 
-    broker.pause()
-    jobs = [capabilities.weigh.delay(60_000) for _ in range(800)]  # 48 MB
-    last = jobs[-1]
-    last.get(timeout=60)
-    check_none_was_blocked(deployment, jobs)
-    after = _memory_mib(worker.pid)
-    broker.resume()
-    listener.wait_until_subscribed()
+    getattr(broker, leave)()
+    last = _run_with_large_results(deployment)
+    _check_memory(worker, before)
+    getattr(broker, come_back)()
 
-    print(f"{after - before:.0f} MiB more")
-    assert after - before < 15  # this broker takes 20 at a time
+    listener.wait_until_subscribed()
     listener.wait_for_change(last, "completed", 60)
+
+
+@pytest.mark.parametrize("obstacle", ["closed port", "wrong password", "slow road"])
+def test_large_results_cost_no_memory_while_the_broker_is_hard_to_reach(deploy, private_mosquitto, obstacle):
+    from tests.mqtt import capabilities
+
+    with contextlib.ExitStack() as stack:
+        match obstacle:
+            case "closed port":
+                port = free_port()
+            case "wrong password":
+                port = private_mosquitto(allow_anonymous=False).port
+            case "slow road":
+                port = stack.enter_context(Road(private_mosquitto().port, bytes_per_s=200_000)).port
+        deployment = deploy(port, MQTT_USERNAME="worker", MQTT_PASSWORD="hunter2-wrong")
+        worker = deployment.start_worker("--concurrency=1", "-Q", "weigh", plug_in=capabilities.__name__)
+        capabilities.weigh.delay(60_000).get(timeout=20)
+        if obstacle == "slow road":
+            worker.wait_for_log("this worker tells the events")
+        before = _memory_mib(worker.pid)
+
+        _run_with_large_results(deployment)
+
+        _check_memory(worker, before)
+
+
+def _run_with_large_results(deployment):
+    """The last one of many jobs."""
+    from tests.mqtt import capabilities
+
+    jobs = [capabilities.weigh.delay(60_000) for _ in range(800)]  # 48 MB
+    jobs[-1].get(timeout=60)
+    check_none_was_blocked(deployment, jobs)
+    return jobs[-1]
+
+
+def _check_memory(worker, before_mib):
+    more_mib = _memory_mib(worker.pid) - before_mib
+    print(f"{more_mib:.0f} MiB more")
+    assert more_mib < 15  # these brokers take 20 at a time
 
 
 def _memory_mib(pid):
