@@ -100,26 +100,31 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._end_at_hard_limit(timeout)
 
     def _end_at_hard_limit(self, limit_s: float) -> None:
-        """Said by the pool twice, as a failure and as a timeout; the child is killed after that."""
+        """Said by the pool twice, as a failure and as a timeout.
+
+        The pool kills the child only after that, when it may have opened another temp file.
+        """
         if self._already_revoked:
             return
         self._already_revoked = True  # what the pool says of the killed child is no news either
         state.task_ready(self)
         self._kill_what_it_started()
         self._outcome = None
-        if not self._had_its_time(limit_s):
+        had_its_time = self._had_its_time(limit_s)
+        self._kill_child()
+        if not had_its_time:
             logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
             closed = self._close("the database did not answer", event="released", is_death=False)
             if closed is None:
                 spared.add(self.id)
             self.reject(requeue=closed is None)
             return
+        remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
         logger.error("%s[%s]: %s", self.name, self.id, error)
         if not (self.task.retry_on_timeout and self._retry(error)):
             self._outcome = "failed"
             self._fail(error)
-        remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
         self.acknowledge()
 
     def _had_its_time(self, limit_s: float) -> bool:
@@ -155,9 +160,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._kill_what_it_started()
         if self.is_job:
             self._close(reason, event="released", is_death=False)
-        if self.worker_pid and self.worker_pid != os.getpid():
-            with suppress(ProcessLookupError):
-                os.kill(self.worker_pid, SIGKILL)
+        self._kill_child()
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """End the process that runs it, and what that has started.
@@ -187,6 +190,11 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     def _kill_what_it_started(self) -> None:
         if self.worker_pid and self.worker_pid != os.getpid():
             kill_descendants(self.worker_pid)
+
+    def _kill_child(self) -> None:
+        if self.worker_pid and self.worker_pid != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(self.worker_pid, SIGKILL)
 
     def _close(self, reason: str, *, event: str = "lost", is_death: bool = True) -> Closed | None:
         store = self.app.store

@@ -17,6 +17,7 @@ from tasks.arguments import InputPath, OutputPath
 from tasks.celery import app
 from tasks.errors import LimitExceeded, RateLimited, TransientError
 from tasks.job import Job
+from tasks.media.output import atomic_outputs
 
 
 @app.task
@@ -115,11 +116,11 @@ def recover_when(file: str, number: int) -> int:
 
 
 @app.task
-def kill_its_worker(file: str) -> None:
+def kill_its_worker(file: str, signum: int = signal.SIGKILL) -> None:
     """A file that crashes the library which reads it."""
     _append(file, "run")
     time.sleep(0.3)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signum)
 
 
 @app.task(bind=True)
@@ -262,6 +263,22 @@ def hurry(file: str, seconds: float) -> int:
     if runs == 1:
         time.sleep(seconds)
     return runs
+
+
+@app.task(bind=True)
+def litter(self: Job, output: OutputPath) -> None:
+    """Open one temp file after the other, until its process is killed."""
+    _append(f"{output}.pid", str(os.getpid()))
+    while True:
+        with suppress(TransientError), atomic_outputs([output], token=self.token):
+            time.sleep(0.01)
+            raise TransientError("it is not good enough")
+
+
+@app.task
+def list_beside(output: OutputPath) -> list[str]:
+    """What lies in the directory of its output as it begins."""
+    return sorted(os.listdir(Path(output).parent))  # noqa: PTH208
 
 
 @app.task

@@ -1,6 +1,7 @@
 """A job that takes too long ends: with a clear failure, or a retry where its task says so; never in a stuck row."""
 
 import pytest
+import pyvips
 
 from tests.acceptance.deployment import lines
 from tests.tooling import processes
@@ -63,6 +64,33 @@ def test_what_a_job_has_started_ends_with_it(deployment, task, tmp_path):
     deployment.wait_for(job, "failed")
 
     eventually(lambda: not processes.is_running(pid), 3)
+
+
+def temp_files(directory):
+    return list(directory.glob(".media-tasks-*"))
+
+
+@pytest.mark.slow
+def test_an_image_that_takes_too_long_leaves_no_temp_file_and_no_output(deployment, task, tmp_path):
+    pyvips.Image.gaussnoise(6000, 6000).cast("uchar").pngsave(str(tmp_path / "in.png"), compression=0)
+    job = task.image_conversion.apply_async((tmp_path / "in.png", tmp_path / "out.avif"), time_limit=4)
+    eventually(lambda: temp_files(tmp_path), 10)
+
+    row = deployment.wait_for(job, "failed")
+
+    assert row["error_type"] == "JobTimeout"
+    eventually(lambda: not temp_files(tmp_path), 3)
+    assert not (tmp_path / "out.avif").exists()
+
+
+def test_a_job_that_opens_temp_files_until_it_is_killed_leaves_none(deployment, task, tmp_path):
+    job = task.litter.apply_async((tmp_path / "out",), time_limit=1)
+
+    deployment.wait_for(job, "failed")
+
+    (pid,) = map(int, lines(tmp_path / "out.pid"))
+    eventually(lambda: not processes.is_running(pid), 3)
+    assert temp_files(tmp_path) == []
 
 
 def test_a_cancelled_job_takes_with_it_what_it_has_started(deployment, task, tmp_path):
