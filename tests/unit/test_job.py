@@ -9,6 +9,7 @@ from celery.app.task import Context
 from db.records import Failure, Liveness, Status, now
 from tasks import remedy
 from tasks.errors import AttemptLost
+from tasks.job import token_of
 from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
 
 FAILURE = Failure(error_type="E", error_message="m")
@@ -57,6 +58,18 @@ def test_a_redelivered_job_is_taken_over(producer, task):
     assert run(task.add, job.id, 40, 2, publication=1, delivery_info=info) == 42
     assert producer.events(job) == ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
     assert producer.row(job)["deaths"] == 0  # a broken connection of a living worker looks the same
+
+
+def test_what_a_lost_attempt_left_is_gone_when_the_next_begins(producer, task, tmp_path):
+    job = task.list_beside.delay(tmp_path / "out")
+    attempt = claimed_by(producer.app, job)
+    (tmp_path / f".media-tasks-{token_of(job.id, attempt)}-abc.part").touch()
+    (tmp_path / ".media-tasks-of-another-job.1-abc.part").touch()
+
+    info = {"routing_key": "list_beside", "redelivered": True}
+    left = run(task.list_beside, job.id, str(tmp_path / "out"), publication=1, delivery_info=info)
+
+    assert left == [".media-tasks-of-another-job.1-abc.part"]
 
 
 def test_a_job_whose_workers_died_too_often_fails_instead_of_running(producer, task):
