@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from db import schema
 from tasks.errors import CorruptMedia, InputMissing, LimitExceeded, UnsupportedMedia
-from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
+from tests.acceptance.deployment import deployed, lines
 from tests.mqtt.listener import Listener
 from tests.mqtt.road import Road
 from tests.mqtt.said import one_warning, warnings
@@ -62,6 +62,15 @@ def results(jobs, within_s):
     return [job.get(timeout=max(deadline - time.monotonic(), 0.1)) for job in jobs]
 
 
+def make_large_image(path):
+    """One that takes seconds to be written as AVIF."""
+    (pyvips.Image.perlin(6000, 6000, cell_size=50) * 100 + 128).cast("uchar").pngsave(str(path), compression=1)
+
+
+def temp_files(directory):
+    return list(directory.glob(".media-tasks-*"))
+
+
 def resident_bytes(pid):
     """The memory that a process has in use."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -80,13 +89,14 @@ def events_of_all(own, jobs):
 
 
 class TestPoolChildKilled:
-    def test_it_runs_again_within_seconds_and_its_neighbour_is_left_alone(self, own, task, broker, tmp_path):
+    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
+    def test_it_runs_again_within_seconds_and_its_neighbour_is_left_alone(self, own, task, broker, tmp_path, signum):
         own.start_worker("--concurrency=2")
         job = task.note.delay(str(tmp_path / "runs"), "job", 6.0)
         neighbour = task.note.delay(str(tmp_path / "neighbour"), "neighbour", 6.0)
         eventually(lambda: lines(tmp_path / "runs") and lines(tmp_path / "neighbour"), 20)
 
-        kill_pool_child_that_notes(tmp_path / "runs")
+        os.kill(int(lines(tmp_path / "runs.pid")[-1]), signum)
 
         eventually(lambda: len(lines(tmp_path / "runs", "begin")) == 2, AGAIN_WITHIN_S[broker])
         assert job.get(**GET) == "job"
@@ -94,9 +104,21 @@ class TestPoolChildKilled:
         assert own.events(job) == TAKEN_OVER
         assert own.events(neighbour) == COMPLETED
 
-    def test_after_three_deaths_it_fails_with_the_reason_and_its_neighbours_are_unharmed(self, own, task, tmp_path):
+    @pytest.mark.parametrize(
+        ("broker", "signum"),
+        [
+            ("embedded", signal.SIGKILL),
+            ("embedded", signal.SIGSEGV),
+            ("rabbitmq", signal.SIGKILL),
+            ("redis", signal.SIGKILL),
+        ],
+        indirect=["broker"],
+    )
+    def test_after_three_deaths_it_fails_with_the_reason_and_its_neighbours_are_unharmed(
+        self, own, task, tmp_path, signum
+    ):
         worker = own.start_worker("--concurrency=2")
-        poison = task.kill_its_worker.delay(str(tmp_path / "runs"))
+        poison = task.kill_its_worker.delay(str(tmp_path / "runs"), signum)
         neighbours = [task.note.delay("/dev/null", str(n), 0.2) for n in range(12)]
 
         row = own.wait_for(poison, "failed", timeout_s=60)
@@ -106,6 +128,21 @@ class TestPoolChildKilled:
         assert lines(tmp_path / "runs") == ["run"] * 3
         assert [neighbour.get(**GET) for neighbour in neighbours] == [str(n) for n in range(12)]
         assert worker.is_alive()
+
+    @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
+    def test_a_job_that_dies_three_times_in_mid_write_leaves_no_temp_file_and_no_output(self, own, task, tmp_path):
+        worker = own.start_worker("--concurrency=1", "-Q", "image_conversion")
+        make_large_image(tmp_path / "in.png")
+        job = task.image_conversion.delay(tmp_path / "in.png", tmp_path / "out.avif")
+
+        for death in range(1, 4):
+            eventually(lambda: own.row(job)["deaths"] == death - 1 and temp_files(tmp_path), 20)  # noqa: B023
+            processes.send(worker.child_pids(), signal.SIGKILL)
+            eventually(lambda: own.row(job)["deaths"] == death, 10)  # noqa: B023
+
+        assert own.wait_for(job, "failed")["error_type"] == "WorkerLost"
+        eventually(lambda: not temp_files(tmp_path), GONE_WITHIN_S)
+        assert not (tmp_path / "out.avif").exists()
 
     def test_what_waits_for_a_job_that_kills_its_workers_fails_with_it(self, own, task, tmp_path):
         own.start_worker("--concurrency=2")
@@ -499,15 +536,13 @@ class TestCancel:
         from tasks import control
 
         own.start_worker("--concurrency=1", "-Q", "image_conversion")
-        (pyvips.Image.perlin(6000, 6000, cell_size=50) * 100 + 128).cast("uchar").pngsave(
-            str(tmp_path / "in.png"), compression=1
-        )
+        make_large_image(tmp_path / "in.png")
         job = task.image_conversion.delay(tmp_path / "in.png", tmp_path / "out.avif")
-        eventually(lambda: list(tmp_path.glob(".media-tasks-*")), 20)
+        eventually(lambda: temp_files(tmp_path), 20)
 
         control.cancel(job.id, app=own.app)
 
-        eventually(lambda: not list(tmp_path.glob(".media-tasks-*")), GONE_WITHIN_S)
+        eventually(lambda: not temp_files(tmp_path), GONE_WITHIN_S)
         assert not (tmp_path / "out.avif").exists()
         assert own.row(job)["status"] == "cancelled"
 
