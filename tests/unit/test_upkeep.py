@@ -1,13 +1,16 @@
 """Duties: of all workers that live one has each, and it passes on when that one is gone."""
 
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 
+from db.records import now
 from tasks.leases import Leases
 from tasks.reconciler import Reconciler
 from tasks.upkeep import DUTY, Upkeep
+from tests.unit.jobs import ELSEWHERE, claimed_by, silent_for
 
 STOPPED_FOR_S = 61
 
@@ -23,6 +26,7 @@ class Member:
         self.upkeep = Upkeep(SimpleNamespace(app=self.app))
         self.upkeep._reconciler = Reconciler(self.app)
         self.upkeep._stopping, self.upkeep._threads = threading.Event(), []
+        self.upkeep._seen_at = now()
 
     @property
     def has_duty(self):
@@ -35,6 +39,11 @@ class Member:
     def fall_silent(self, seconds):
         path = self.app.leases._directory / self.app.lease
         path.write_text(f"{float(path.read_text()) - seconds:020.3f}")
+
+    def keep_house(self):
+        """A round in which the reconciler's turn has come."""
+        self.upkeep._reconcile_due = 0.0
+        self.upkeep.keep_house()
 
     def leave(self):
         self.upkeep.stop(None)
@@ -124,3 +133,25 @@ def test_two_that_find_a_dead_holder_at_once_do_not_both_get_its_duty(members, m
 
     assert not second.has_duty
     assert with_duty([second, third]) == ["w3"]
+
+
+@pytest.mark.parametrize("step_s", [60, -60])
+def test_after_the_machine_slept_or_its_clock_was_set_silence_counts_anew(
+    producer, add, members, clock, monkeypatch, step_s
+):
+    first, timeout_s = members[0], members[0].app.settings.lease_timeout_s
+    job = add.delay(1, 1)
+    claimed_by(producer.app, job, "asleep", host_id=ELSEWHERE)
+    clock.pass_s(60)
+    first.keep_house()
+    silent_for(producer.app, 60, "asleep")
+
+    monkeypatch.setattr("tasks.upkeep.now", lambda: now() + timedelta(seconds=step_s))
+    first.keep_house()
+    clock.pass_s(timeout_s - 5)
+    first.keep_house()
+    assert producer.row(job)["status"] == "running"
+
+    clock.pass_s(5)
+    first.keep_house()
+    assert producer.row(job)["status"] == "queued"
