@@ -7,6 +7,7 @@ which finds running rows of this worker that nothing runs.
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Any, Final
 from billiard.common import TERM_SIGNAME
 from billiard.exceptions import Terminated, TimeLimitExceeded
 from celery.concurrency.base import BasePool
-from celery.exceptions import Ignore, Reject, Retry, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError, WorkerLostError
 from celery.worker import state
 from celery.worker.request import Request
 from sqlalchemy.exc import SQLAlchemyError
@@ -37,6 +38,9 @@ spared: Final[set[str]] = set()
 
 processed: Final = {"completed": 0, "failed": 0}
 """How many jobs of this process have ended, for its heartbeat."""
+
+stopping: Final = threading.Event()
+"""Set when this worker begins no more jobs."""
 
 
 class JobRequest(Request):  # type: ignore[misc, unused-ignore]
@@ -59,6 +63,18 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         if self.is_job and self.task.seconds_per_megabyte and not (hard and soft):
             own_soft, own_hard = self.task.limits(self.task.arguments.by_name(*self._payload[:2]))
             self.time_limits = (hard or own_hard, soft or own_soft)
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """The pool begins it. A pool of this very process has queued it before the worker was asked to stop.
+
+        Raises:
+            TaskRevokedError: The worker stops: the message goes back, and the body is not run.
+        """
+        if stopping.is_set() and pid == os.getpid():
+            state.task_ready(self)
+            self.reject(requeue=True)
+            raise TaskRevokedError("its worker stops")
+        super().on_accepted(pid, time_accepted)
 
     def acknowledge(self) -> None:
         if not self.acknowledged and self._outcome is not None:

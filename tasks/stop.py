@@ -80,6 +80,7 @@ class GracefulStop:
             time.sleep(LEAVE_WITHIN_S)
             self._leave_anyhow()
         signals.worker_shutting_down.send(sender=self._worker.hostname, sig=signum, how="Warm", exitcode=EX_OK)
+        request.stopping.set()
         self._worker.consumer.call_soon(self._drain)
         if self._is_idle_within(grace_s):
             state.should_stop = EX_OK
