@@ -26,6 +26,7 @@ from celery.worker import state
 from celery.worker.control import control_command
 
 from tasks import request
+from tasks.descendants import kill_descendants
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ LOOK_EVERY_S: Final = 0.1
 IDLE_LOOKS: Final = 3
 # How long the main thread may take to leave by itself: it can't where it runs the job, or waits for the broker.
 LEAVE_WITHIN_S: Final = 8.0
+# One that hangs in the kernel, on a file server that is away, say, is left as it is.
+CHILDREN_END_WITHIN_S: Final = 2.0
 
 
 class GracefulStop:
@@ -147,7 +150,19 @@ class GracefulStop:
             for stream in (sys.__stdout__, sys.__stderr__):
                 with suppress(AttributeError, OSError, ValueError):
                     stream.flush()  # type: ignore[union-attr]
+            _end_children()
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 (the same command, no shell)
+
+
+def _end_children() -> None:
+    """Kill what this process has started, and wait for it: what is executed in its place knows of no children."""
+    deadline = time.monotonic() + CHILDREN_END_WITHIN_S
+    with suppress(ChildProcessError):  # none is left
+        while time.monotonic() < deadline:
+            kill_descendants(os.getpid())
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                continue
+            time.sleep(LOOK_EVERY_S / 10)
 
 
 def shield_child(app: Any) -> None:

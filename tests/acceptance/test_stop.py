@@ -6,10 +6,11 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from tests.acceptance.deployment import lines
+from tests.acceptance.deployment import deployed, lines
 from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
@@ -271,3 +272,25 @@ def test_children_do_not_take_the_signal_of_their_group_for_theirs(own, task, tm
 
     assert worker.wait() == 0
     assert own.events(job) == COMPLETED
+
+
+def test_a_worker_that_starts_anew_while_its_broker_is_frozen_has_no_children_of_before(
+    private_redis, server_dir, tmp_path
+):
+    redis = private_redis()
+    env = {"CELERY_BROKER_URL": redis.url, "SHUTDOWN_GRACE_S": 1}
+    with deployed(server_dir, tmp_path, env) as own:
+        worker = own.start_worker("--concurrency=2")
+        running_job(own, own.task, tmp_path, 60.0)
+        before = worker.child_pids()
+        assert len(before) == 2
+
+        redis.pause()
+        worker.signal(signal.SIGHUP)
+        worker.wait_for_log("the worker leaves without waiting", 25)
+        eventually(lambda: worker.log().count("[tasks]") == 2, 20, worker.log)
+        redis.resume()
+
+        eventually(lambda: worker.log().count(" ready.") == 2, 40, worker.log)
+        assert [pid for pid in before if Path(f"/proc/{pid}").exists()] == []
+        assert own.task.add.delay(1, 2).get(**GET) == 3
