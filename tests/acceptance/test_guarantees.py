@@ -210,6 +210,25 @@ class TestBrokerEmptied:
         assert all(len(lines(tmp_path / f"waiting-{n}")) == 2 for n in range(40))
         assert all(len(lines(tmp_path / f"running-{n}")) == 2 for n in range(2))
 
+    @pytest.mark.parametrize("broker", ["rabbitmq"], indirect=True)
+    def test_every_job_is_completed_once_when_the_vhost_is_made_anew(self, own, task, rabbitmq_server, tmp_path):
+        vhost = own.env["CELERY_BROKER_URL"].rsplit("/", 1)[1]
+        worker = own.start_worker("--concurrency=2")
+        running = [task.note.delay(str(tmp_path / f"running-{n}"), "running", 12.0) for n in range(2)]
+        eventually(lambda: all(lines(tmp_path / f"running-{n}") for n in range(2)), 20)
+        waiting = [task.note.delay(str(tmp_path / f"waiting-{n}"), str(n), 0.05) for n in range(20)]
+
+        rabbitmq_server.rabbitmqctl("delete_vhost", vhost)
+        worker.wait_for_log("CELERY_BROKER_URL: the broker at ", 30)
+        rabbitmq_server.rabbitmqctl("add_vhost", vhost)
+        rabbitmq_server.rabbitmqctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+
+        assert results([*waiting, *running], 90) == [*map(str, range(20)), "running", "running"]
+        assert {own.events(job).count("completed") for job in [*waiting, *running]} == {1}
+        assert all(len(lines(tmp_path / f"waiting-{n}")) == 2 for n in range(20))
+        assert all(len(lines(tmp_path / f"running-{n}")) == 2 for n in range(2))
+        assert worker.is_alive()
+
     def test_a_single_message_is_missed_although_its_queue_is_never_empty(self, own, task, tmp_path):
         lost = task.note.apply_async((str(tmp_path / "lost"), "lost"), priority=10)
         with own.app.connection_for_write() as connection, connection.channel() as channel:
