@@ -27,8 +27,12 @@ def check_broker(app: Any) -> None:
 
     Ends with exit code 1 at the first step that fails.
     """
+    from tasks.sinks import trouble
+
     if app.settings.broadcast_type == "noop":
         remark("BROADCAST_TYPE=noop: workers with this setting don't use the broker")
+    for what in trouble.ignored(app.settings):
+        remark(what)
     _Check(app.settings).run()
 
 

@@ -144,6 +144,13 @@ def test_noop_is_remarked(tools_for, mosquitto):
     assert result.exit_code == 0
 
 
+def test_a_certificate_that_is_not_used_is_remarked(tools_for, mosquitto):
+    result = tools_for(mosquitto.port, mosquitto.topic_prefix, MQTT_CA_CERT="ca.pem").mqtt("check")
+
+    assert "MQTT_USE_TLS is off in spite of MQTT_CA_CERT" in result.stderr
+    assert result.exit_code == 0
+
+
 # No way in
 
 
