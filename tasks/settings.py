@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from tasks.errors import SettingsError
+from tasks.mqtt_values import host_fault, secret_fault, topic_fault
 
 T = TypeVar("T")
 
@@ -30,10 +31,7 @@ DAY_S = 86400.0
 VISIBILITY_TIMEOUT_S = 6 * 3600
 LAST_PORT = 65535
 # With a host behind it, it still fits the columns of 255 characters.
-LONGEST_NAME = 180
-# https://docs.oasis-open.org/mqtt/mqtt/v5.0/os/mqtt-v5.0-os.html, 1.5.4; a worker's name follows its prefix.
-LONGEST_MQTT_BYTES = 65_535
-LONGEST_TOPIC_BYTES = 60_000
+LONGEST_WORKER_NAME = 180
 _PORT = re.compile(r"(?:\[[^]]*]|[^@:/?#;[]*):(\d+)(?=[/?#;]|$)")
 
 
@@ -48,41 +46,41 @@ class Settings:
     server_dir: Path
     database_url: str = field(repr=False)
     broker_url: str = field(repr=False)
-    enqueue: str = "strict"
-    worker_id: str = ""
-    worker_supported_tasks: tuple[str, ...] = ()
-    worker_poll_interval_s: float = 1.0
-    lease_renew_s: float = 5.0
-    lease_timeout_s: float = 15.0
-    max_deaths: int = 3
-    max_attempts: int = 3
-    shutdown_grace_s: float = 300.0
-    retention_days: float = 30.0
-    sqlite_mmap_bytes: int = 256 * 2**20
-    db_pool_size: int = 5
-    mirror: bool = True
-    log_level: str = "INFO"
-    log_format: str = "console"
-    queue_strategy: Mapping[str, str] = field(default_factory=lambda: {"*": "PRIORITY"})
-    max_pixels: int = 150_000_000
-    max_frames: int = 1000
-    max_input_bytes: int = 4 * GIB
-    max_duration_s: float = 4 * 3600.0
-    media_roots: tuple[str, ...] = ()
-    broadcast_type: str = "mqtt"
-    mqtt_broker: str = "localhost"
-    mqtt_port: int = 1883
-    mqtt_topic: str = "inference/events"
-    capability_topic_prefix: str = "inference/workers"
-    mqtt_heartbeat_interval_s: float = 30.0
-    mqtt_username: str | None = None
-    mqtt_password: str | None = field(default=None, repr=False)
-    mqtt_unusable: str | None = None
+    enqueue: str
+    worker_id: str
+    worker_supported_tasks: tuple[str, ...]
+    worker_poll_interval_s: float
+    lease_renew_s: float
+    lease_timeout_s: float
+    max_deaths: int
+    max_attempts: int
+    shutdown_grace_s: float
+    retention_days: float
+    sqlite_mmap_bytes: int
+    db_pool_size: int
+    mirror: bool
+    log_level: str
+    log_format: str
+    queue_strategy: Mapping[str, str]
+    max_pixels: int
+    max_frames: int
+    max_input_bytes: int
+    max_duration_s: float
+    media_roots: tuple[str, ...]
+    broadcast_type: str
+    mqtt_broker: str
+    mqtt_port: int
+    mqtt_topic: str
+    capability_topic_prefix: str
+    mqtt_heartbeat_interval_s: float
+    mqtt_username: str | None
+    mqtt_password: str | None = field(repr=False)
+    mqtt_unusable: str | None
     """What can't be used of these settings: said where MQTT is used, since it must stop nothing else."""
-    mqtt_use_tls: bool = False
-    mqtt_ca_cert: str | None = None
-    mqtt_client_cert: str | None = None
-    mqtt_client_key: str | None = None
+    mqtt_use_tls: bool
+    mqtt_ca_cert: str | None
+    mqtt_client_cert: str | None
+    mqtt_client_key: str | None
 
 
 @cache
@@ -118,6 +116,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             "(unset CELERY_BROKER_URL)"
         )
     mqtt_use_tls = read.switch("MQTT_USE_TLS", default=False)
+    mqtt_broker = read.mqtt_host("MQTT_BROKER", "localhost")
+    mqtt_username = read.mqtt_secret("MQTT_USERNAME")
+    mqtt_password = read.mqtt_secret("MQTT_PASSWORD")
     return Settings(
         server_dir=server_dir,
         database_url=read.url("DATABASE_URL", f"sqlite:///{server_dir / 'media_store.db'}", ("sqlite", "postgresql")),
@@ -145,14 +146,14 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         max_duration_s=read.number("MAX_DURATION_S", 4 * 3600.0, above=0, most=365 * DAY_S),
         media_roots=read.roots("MEDIA_ROOTS"),
         broadcast_type=read.choice("BROADCAST_TYPE", "mqtt", BROADCAST_TYPES),
-        mqtt_broker=read.mqtt_host("MQTT_BROKER", "localhost"),
+        mqtt_broker=mqtt_broker,
         mqtt_port=read.whole("MQTT_PORT", 8883 if mqtt_use_tls else 1883, least=1, most=LAST_PORT),
         mqtt_topic=read.topic("MQTT_TOPIC", "inference/events"),
         capability_topic_prefix=read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers"),
         mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0, most=DAY_S),
-        mqtt_username=read.secret("MQTT_USERNAME"),
-        mqtt_password=read.secret("MQTT_PASSWORD"),
-        mqtt_unusable=read.mqtt_unusable,  # after host and secrets: keywords are evaluated in order
+        mqtt_username=mqtt_username,
+        mqtt_password=mqtt_password,
+        mqtt_unusable=". ".join(read.mqtt_faults) or None,
         mqtt_use_tls=mqtt_use_tls,
         mqtt_ca_cert=environment.get("MQTT_CA_CERT") or None,
         mqtt_client_cert=environment.get("MQTT_CLIENT_CERT") or None,
@@ -165,7 +166,7 @@ class _Reader:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
-        self.mqtt_unusable: str | None = None
+        self.mqtt_faults: Final[list[str]] = []  # they stop nothing but MQTT
 
     def number(self, name: str, default: float, *, above: float, most: float) -> float:
         value = self._parse(name, default, float, "a number")
@@ -186,10 +187,23 @@ class _Reader:
 
     def mqtt_host(self, name: str, default: str) -> str:
         value = self._environment.get(name) or default
-        if (reason := no_host(value)) is None:
-            return value
-        self.mqtt_unusable = f"{name} {reason}"
-        return ""
+        return value if self._is_for_mqtt(name, host_fault(value)) else ""
+
+    def mqtt_secret(self, name: str) -> str | None:
+        """A variable, or the first line of the file that `{name}_FILE` names."""
+        path = self._environment.get(f"{name}_FILE")
+        try:
+            value = Path(path).read_text().strip("\r\n") if path else self._environment.get(name)
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "it is no text"
+            self.mqtt_faults.append(f"{name}_FILE={path!r} can't be read: {reason}")
+            return None
+        return value if value and self._is_for_mqtt(name, secret_fault(value)) else None
+
+    def _is_for_mqtt(self, name: str, fault: str | None) -> bool:
+        if fault is not None:
+            self.mqtt_faults.append(f"{name} {fault}")
+        return fault is None
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...], fold: Callable[[str], str] = str.lower) -> str:
         value = fold(self._environment.get(name) or default)
@@ -248,31 +262,10 @@ class _Reader:
         return value
 
     def topic(self, name: str, default: str) -> str:
-        """A topic to publish to: no wildcards, no slash at its ends, none of the broker's own, and room for a name."""
         value = self._environment.get(name) or default
-        if any(c in value for c in "#+\0") or value != value.strip("/") or value.startswith("$"):
-            raise SettingsError(
-                f"{name}={value!r:.60} is no topic to publish to; write it without #, +, outer slashes and a leading $"
-            )
-        if not is_sendable(value, LONGEST_TOPIC_BYTES):
-            raise SettingsError(
-                f"{name}={value!r:.60} can't be a topic; it must be UTF-8, of at most {LONGEST_TOPIC_BYTES:,} bytes"
-            )
+        if fault := topic_fault(value):
+            raise SettingsError(f"{name}={value!r:.60} {fault}")
         return value
-
-    def secret(self, name: str) -> str | None:
-        """A variable, or the first line of the file that `{name}_FILE` names."""
-        path = self._environment.get(f"{name}_FILE")
-        try:
-            value = Path(path).read_text().strip("\r\n") if path else self._environment.get(name)
-        except (OSError, UnicodeDecodeError) as exc:
-            reason = getattr(exc, "strerror", None) or "it is no text"
-            self.mqtt_unusable = f"{name}_FILE={path!r} can't be read: {reason}"
-            return None
-        if value and not is_sendable(value):
-            self.mqtt_unusable = f"{name} can't be sent; it must be UTF-8, of at most {LONGEST_MQTT_BYTES:,} bytes"
-            return None
-        return value or None
 
     def strategies(self, name: str) -> dict[str, str]:
         """`image_resize=LIFO,*=PRIORITY`, or one word for all queues."""
@@ -307,8 +300,10 @@ def worker_name(source: str, value: str) -> str:
     Raises:
         SettingsError: It can't be shown, or is too long.
     """
-    if not value.isprintable() or len(value) > LONGEST_NAME:
-        raise SettingsError(f"{source}={value!r:.60} must be printable, and {LONGEST_NAME} characters long at most")
+    if not value.isprintable() or len(value) > LONGEST_WORKER_NAME:
+        raise SettingsError(
+            f"{source}={value!r:.60} must be printable, and {LONGEST_WORKER_NAME} characters long at most"
+        )
     return value
 
 
@@ -321,31 +316,6 @@ def _whole(text: str) -> int:
     if number != int(number):
         raise ValueError(text)
     return int(number)
-
-
-def no_host(value: str) -> str | None:
-    """Why it can't be a host; without the value, since a URL may hold a password."""
-    if value.startswith("["):
-        return "is an address with brackets; write it without"
-    if not value.isprintable() or set(value) & set(" /@?#") or (":" in value and not _is_address(value)):
-        return "is a host name or an address, no URL; write only that, and its port in MQTT_PORT"
-    return None
-
-
-def _is_address(text: str) -> bool:
-    try:
-        socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
-    except OSError:
-        return False
-    return True
-
-
-def is_sendable(text: str, most_bytes: int = LONGEST_MQTT_BYTES) -> bool:
-    """Whether MQTT can carry it as a name, topic or pattern."""
-    try:
-        return "\0" not in text and len(text.encode()) <= most_bytes
-    except UnicodeEncodeError:
-        return False
 
 
 def _port(url: str) -> int | None:

@@ -24,10 +24,10 @@ def clean_up(app: Any, pattern: str, broker: str | None, port: int | None, is_dr
     """
     from dataclasses import replace
 
-    from tasks.settings import no_host
+    from tasks.mqtt_values import host_fault
 
     _check(pattern, is_forced=is_forced or is_dry)
-    if broker and (reason := no_host(broker)):
+    if broker and (reason := host_fault(broker)):
         raise click.BadParameter(f"it {reason}".replace("MQTT_PORT", "--port"), param_hint="--broker")
     settings = app.settings
     settings = replace(settings, mqtt_broker=broker or settings.mqtt_broker, mqtt_port=port or settings.mqtt_port)
@@ -61,7 +61,7 @@ def _check(pattern: str, *, is_forced: bool) -> None:
     Raises:
         click.ClickException: It is no pattern, or one of anybody's topics.
     """
-    from tasks.settings import is_sendable
+    from tasks.mqtt_values import is_sendable
 
     levels = pattern.split("/")
     is_pattern = all(level in ("#", "+") or not set(level) & set("#+\0") for level in levels)

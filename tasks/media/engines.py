@@ -47,7 +47,8 @@ def _go_there_and_back(name: str) -> None:
         else:
             _write_with_pillow(file)
         size_bytes = os.fstat(file.fileno()).st_size
-        open_image(Input(f"a {name}", file.fileno(), name, size_bytes, frames=1), Limits()).avg()
+        limits = Limits(max_pixels=SIDE_PX**2, max_frames=1, max_input_bytes=size_bytes, media_roots=())
+        open_image(Input(f"a {name}", file.fileno(), name, size_bytes, frames=1), limits).avg()
 
 
 def _write_with_pillow(file: IO[bytes]) -> None:

@@ -23,10 +23,10 @@ _HEAD_BYTES = 1024
 class Limits:
     """What may be opened. `max_pixels` counts width x height x frames of what is decoded."""
 
-    max_pixels: int = 150_000_000
-    max_frames: int = 1000
-    max_input_bytes: int = 4 * 1024**3
-    media_roots: tuple[str, ...] = ()
+    max_pixels: int
+    max_frames: int
+    max_input_bytes: int
+    media_roots: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from tasks.media.decode import engine
 from tasks.media.samples import make_photos
 from tasks.media.sniff import Limits
+from tests.media.limits import LIMITS
 
 REAL_PHOTOS = Path(__file__).parents[2].parent / "shared" / "samples"
 
@@ -23,7 +24,7 @@ def vips() -> Any:
 
 @pytest.fixture
 def limits() -> Limits:
-    return Limits()
+    return LIMITS
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tasks.media.image import convert, renditions, resize
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions
 from tasks.media.sniff import Limits
 from tests.media.conftest import files_under, gif, png, png_chunk
+from tests.media.limits import LIMITS
 
 ROOT = Path(__file__).parents[2]
 WAYS: dict[str, Callable[[str, Path, Limits], Any]] = {
@@ -45,7 +47,7 @@ def refused(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str
     def run(path: Path, error: type[Exception], *words: str, limits: Limits | None = None) -> str:
         out = tmp_path / "outputs"
         with pytest.raises(error) as caught:
-            WAYS[request.param](str(path), out, limits or Limits())
+            WAYS[request.param](str(path), out, limits or LIMITS)
         message = str(caught.value)
         assert type(caught.value) is error
         assert str(path) in message
@@ -148,14 +150,14 @@ def test_a_bomb_costs_less_than_a_fifth_of_a_second_of_cpu(tmp_path, way):
         "from tasks.media.decode import engine\n"
         "from tasks.media.image import convert, resize\n"
         "from tasks.media.options import ConversionOptions, ResizeOptions\n"
-        "from tasks.media.sniff import Limits\n"
+        "from tests.media.limits import LIMITS\n"
         "options = {'convert': ConversionOptions(), 'resize': ResizeOptions(width=9)}\n"
         "engine()\n"
         "for name in ('bomb.png', 'bomb.gif'):\n"
         "    started = time.process_time()\n"
         "    try:\n"
         "        {'convert': convert, 'resize': resize}[sys.argv[2]](\n"
-        "            f'{sys.argv[1]}/{name}', f'{sys.argv[1]}/out.webp', options[sys.argv[2]], limits=Limits())\n"
+        "            f'{sys.argv[1]}/{name}', f'{sys.argv[1]}/out.webp', options[sys.argv[2]], limits=LIMITS)\n"
         "    except LimitExceeded:\n"
         "        print(time.process_time() - started)\n"
     )
@@ -168,7 +170,7 @@ def test_a_bomb_costs_less_than_a_fifth_of_a_second_of_cpu(tmp_path, way):
 
 def test_the_frames_of_an_animation_count_as_pixels_unless_only_the_first_is_wanted(tmp_path):
     (tmp_path / "in.gif").write_bytes(gif(900, side=600))
-    limits = Limits(max_pixels=100_000_000)
+    limits = replace(LIMITS, max_pixels=100_000_000)
     with pytest.raises(LimitExceeded, match=r"600 x 540,000 px \(324 Mpx\); the limit is 100 Mpx \(MAX_PIXELS\)"):
         resize(str(tmp_path / "in.gif"), str(tmp_path / "o.gif"), ResizeOptions(width=9), limits=limits)
     first = convert(str(tmp_path / "in.gif"), str(tmp_path / "o.png"), ConversionOptions(), limits=limits)
@@ -193,9 +195,10 @@ def test_a_png_with_a_vast_compressed_chunk_is_read_without_unpacking_it(tmp_pat
     (tmp_path / "in.png").write_bytes(png(1, 1, chunks=chunk, pixels=zlib.compress(b"\0\7")))
     code = (
         "import re, sys\n"
-        "from tasks.media.image import ConversionOptions, Limits, convert\n"
+        "from tasks.media.image import ConversionOptions, convert\n"
+        "from tests.media.limits import LIMITS\n"
         "keep = ConversionOptions(strip_metadata=False)\n"
-        "convert(sys.argv[1] + '/in.png', sys.argv[1] + '/out.png', keep, limits=Limits())\n"
+        "convert(sys.argv[1] + '/in.png', sys.argv[1] + '/out.png', keep, limits=LIMITS)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])\n"
     )
     found = subprocess.run(
@@ -225,17 +228,20 @@ def test_a_bmp_whose_header_announces_more_than_the_limit(refused, tmp_path):
 def test_an_input_with_too_many_bytes(refused, tmp_path):
     (tmp_path / "in.gif").write_bytes(gif(1))
     refused(
-        tmp_path / "in.gif", LimitExceeded, "9 (MAX_INPUT_BYTES): give a smaller one", limits=Limits(max_input_bytes=9)
+        tmp_path / "in.gif",
+        LimitExceeded,
+        "9 (MAX_INPUT_BYTES): give a smaller one",
+        limits=replace(LIMITS, max_input_bytes=9),
     )
 
 
 def test_an_input_outside_of_the_media_roots(refused, tmp_path, photos):
-    limits = Limits(media_roots=(str(tmp_path),))
+    limits = replace(LIMITS, media_roots=(str(tmp_path),))
     refused(photos / "gray.jpg", PathNotAllowed, "lies outside of", "(MEDIA_ROOTS)", limits=limits)
 
 
 def test_an_output_outside_of_the_media_roots(tmp_path, photos):
-    limits = Limits(media_roots=(str(photos),))
+    limits = replace(LIMITS, media_roots=(str(photos),))
     for way in WAYS.values():
         with pytest.raises(PathNotAllowed, match=r"outside of .*\(MEDIA_ROOTS\)"):
             way(str(photos / "gray.jpg"), tmp_path / "outputs", limits)

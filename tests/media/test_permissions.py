@@ -20,14 +20,14 @@ import json, os, sys
 from tasks.errors import PermanentError
 from tasks.media.image import convert, renditions, resize
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions
-from tasks.media.sniff import Limits
+from tests.media.limits import LIMITS
 
 work, source, output = sys.argv[1:4]
 ways = {
-    "resize": lambda source, output: resize(source, output, ResizeOptions(width=9), limits=Limits()),
-    "convert": lambda source, output: convert(source, output, ConversionOptions(), limits=Limits()),
+    "resize": lambda source, output: resize(source, output, ResizeOptions(width=9), limits=LIMITS),
+    "convert": lambda source, output: convert(source, output, ConversionOptions(), limits=LIMITS),
     "renditions": lambda source, output: renditions(
-        source, os.path.dirname(output), RenditionsOptions(sizes=[9], formats=["webp"]), limits=Limits()
+        source, os.path.dirname(output), RenditionsOptions(sizes=[9], formats=["webp"]), limits=LIMITS
     ),
 }
 for name, way in ways.items():

@@ -2,6 +2,7 @@ import os
 import struct
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import CorruptMedia, InputMissing, LimitExceeded, PathNotAllowed, UnsupportedMedia
-from tasks.media.sniff import Limits, check_output, open_input, sniff
+from tasks.media.sniff import check_output, open_input, sniff
 from tests.media.conftest import gif
+from tests.media.limits import LIMITS
 
 
 def ftyp(brand: bytes, *compatible: bytes) -> bytes:
@@ -111,7 +113,7 @@ def test_a_file_over_the_byte_limit_is_refused(tmp_path):
     path.write_bytes(gif(1))
     with (
         pytest.raises(LimitExceeded, match=r"in.gif has \d+ bytes; the limit is 10 \(MAX_INPUT_BYTES\)"),
-        open_input(str(path), Limits(max_input_bytes=10)),
+        open_input(str(path), replace(LIMITS, max_input_bytes=10)),
     ):
         pytest.fail("must not open")
 
@@ -124,7 +126,7 @@ def test_paths_outside_of_the_media_roots_are_refused_even_through_symlinks(tmp_
     (inside / "link.gif").symlink_to(outside / "in.gif")
     (inside / "door").symlink_to(outside)
     (inside / "ok.gif").write_bytes(gif(1))
-    limits = Limits(media_roots=(str(inside),))
+    limits = replace(LIMITS, media_roots=(str(inside),))
 
     for path in (
         outside / "in.gif",
@@ -159,7 +161,7 @@ def test_the_output_may_not_be_the_input_under_any_name(tmp_path, limits):
 def test_frames_of_a_gif_are_counted(tmp_path_factory, frames):
     path = tmp_path_factory.mktemp("gif") / "in.gif"
     path.write_bytes(gif(frames))
-    with open_input(str(path), Limits(max_frames=30)) as source:
+    with open_input(str(path), replace(LIMITS, max_frames=30)) as source:
         assert source.frames == frames
 
 
@@ -172,7 +174,7 @@ def test_frames_of_a_real_animation_are_counted(photos, limits):
 def test_one_frame_too_many_is_refused(tmp_path):
     path = tmp_path / "in.gif"
     path.write_bytes(gif(31))
-    with pytest.raises(LimitExceeded, match="MAX_FRAMES"), open_input(str(path), Limits(max_frames=30)):
+    with pytest.raises(LimitExceeded, match="MAX_FRAMES"), open_input(str(path), replace(LIMITS, max_frames=30)):
         pytest.fail("must not open")
 
 
@@ -188,7 +190,7 @@ def test_counting_is_bounded_by_the_limit_and_not_by_the_file(tmp_path):
     header = gif(1)[:-1]
     path.write_bytes(header + (b"\x21\xfe" + (b"\xff" + bytes(255)) * 200_000 + b"\0") + b";")  # 51 MB of comment
     started = time.process_time()
-    with open_input(str(path), Limits()) as source:
+    with open_input(str(path), LIMITS) as source:
         assert source.frames == 1
     assert time.process_time() - started < 1
 

@@ -352,6 +352,16 @@ def test_a_name_or_password_that_mqtt_cannot_carry_is_named_and_not_told(variabl
     assert said == f"{variable} can't be sent; it must be UTF-8, of at most 65,535 bytes"
 
 
+def test_all_that_mqtt_cannot_use_is_told_at_once(tmp_path):
+    said = unusable(MQTT_BROKER="[::1]", MQTT_USERNAME_FILE=str(tmp_path / "missing"), MQTT_PASSWORD="hunter2\udce9")
+
+    assert said == (
+        "MQTT_BROKER is an address with brackets; write it without. "
+        f"MQTT_USERNAME_FILE='{tmp_path}/missing' can't be read: No such file or directory. "
+        "MQTT_PASSWORD can't be sent; it must be UTF-8, of at most 65,535 bytes"
+    )
+
+
 def unusable(**environment):
     """Why MQTT can't be used with these settings; they stop nothing else, and are nowhere told."""
     from tasks.sinks.client import new_client
