@@ -7,11 +7,13 @@ before the error reaches the caller, so that a caller who tries again gets one j
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
 from celery.canvas import maybe_signature
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.functional import maybe_list
 from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
@@ -23,9 +25,11 @@ from tasks.arguments import LONGEST_NAME, LONGEST_S, check_options, due, expiry,
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
+from tasks.remedy import is_transient
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 _NOT_KEPT: Final = (
     "producer",
@@ -53,6 +57,8 @@ def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -
     Raises:
         UnknownTask, UnknownQueue: Nobody can run it; nothing was written.
         InvalidArguments: The arguments can't work; nothing was written.
+        OperationalError: The broker did not take it; its row has failed. Not within a worker, where it rests.
+        SoftTimeLimitExceeded: It struck the body that submits this job, which is queued all the same.
     """
     task = options.get("task_type") or app.tasks.get(name)
     current = app.current_worker_task
@@ -222,9 +228,13 @@ def _publish(
     is_patient: bool,
 ) -> None:
     """Send the message of a row. If the broker doesn't take it, a worker's job rests until it does; a producer is told,
-    and its job failed.
+    and its job failed. What no broker would take (a bug, say) fails as `send` has it.
+
+    Raises:
+        SoftTimeLimitExceeded: It struck the body that submits the job, which rests.
     """
     expires_at = options.pop("expires", None)
+    task_id = options["task_id"]
     try:
         app.publish(
             name,
@@ -236,16 +246,31 @@ def _publish(
             options=options,
         )
     except Exception as exc:
-        task_id = options["task_id"]
-        if is_patient:
+        if not is_patient:
+            error = explained(exc, app.settings.broker_url)
+            job = NewJob(job_id=task_id, task_type=name, queue=name, parameters={})
+            app.store.end(job, Status.FAILED, describe(error), publication=publication.number)
+            if error is exc:
+                raise
+            raise error from exc
+        if isinstance(exc, (SoftTimeLimitExceeded, OperationalError, OSError)) or is_transient(exc):
+            logger.warning("%s[%s] could not be published, and rests: %r", name, task_id, exc)
             app.patiently(lambda: app.store.rest(task_id, publication.number))
+            if isinstance(exc, SoftTimeLimitExceeded) and _interrupts_body(app, task_id):
+                raise
             return
-        error = explained(exc, app.settings.broker_url)
-        job = NewJob(job_id=task_id, task_type=name, queue=name, parameters={})
-        app.store.end(job, Status.FAILED, describe(error), publication=publication.number)
-        if error is exc:
-            raise
-        raise error from exc
+        logger.exception("%s[%s] can't be published", name, task_id)
+        request = unsent(name, args, kwargs, options)
+        request.publication = publication.number
+        app.backend.mark_as_failure(task_id, exc, request=request)
+
+
+def _interrupts_body(app: Any, task_id: str) -> bool:
+    """Whether a time limit that strikes the publish of a job has a body to end: not one that has returned, and whose
+    next step is sent, nor one that has just queued its own job again.
+    """
+    current = app.current_worker_task
+    return current is not None and current.request.id != task_id and bool(current.request.get("is_in_body"))
 
 
 def explained(exc: Exception, broker_url: str) -> Exception:

@@ -83,8 +83,7 @@ class Job(Task):
         except SoftTimeLimitExceeded as exc:  # while it waited for the database: the job has not begun
             raise Reject(str(exc), requeue=True) from exc
         try:
-            bound = self.arguments.bind_absolute(args, kwargs)
-            result = self.run(*bound.args, **bound.kwargs)
+            result = self._call_body(args, kwargs)
             if self.request.chain or self.request.callbacks:
                 self.confirm()  # Celery sends what follows before the completion is written
             return result
@@ -114,6 +113,15 @@ class Job(Task):
             if self.request.is_eager or not remedy.is_transient(exc):
                 raise
             raise self.retry(exc=exc, countdown=remedy.delay_s(exc, self.request.retries)) from exc
+
+    def _call_body(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Run it with absolute paths; while it runs, a soft time limit has somebody to interrupt."""
+        bound = self.arguments.bind_absolute(args, kwargs)
+        self.request.is_in_body = True
+        try:
+            return self.run(*bound.args, **bound.kwargs)
+        finally:
+            self.request.is_in_body = False
 
     def progress(self, percent: float, stage: str | None = None) -> None:
         """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write.

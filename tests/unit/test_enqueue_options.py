@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 from celery import chain, chord, group
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import TimeoutError as ResultTimeout
 from kombu.exceptions import OperationalError
 
@@ -415,6 +416,96 @@ def test_a_job_that_a_worker_submits_rests_when_the_broker_refuses_it(producer, 
     assert (row["status"], row["published_at"], row["publication"]) == ("queued", None, 2)
     assert producer.row(outer)["status"] == "completed"
     assert (row["parent_id"], row["root_id"]) == (outer.id, outer.id)
+
+
+def test_what_rests_since_the_broker_refused_it_is_logged(producer, task, refusing, caplog):
+    refusing.clear()
+    outer = task.call_another.delay(1)
+    refusing.append(True)
+
+    inner_id = run(task.call_another, outer.id, 1, publication=1)
+
+    (record,) = [record for record in caplog.records if record.name == "tasks.enqueue"]
+    assert record.levelname == "WARNING"
+    assert f"add[{inner_id}] could not be published, and rests: OperationalError('refused')" in record.getMessage()
+
+
+@pytest.fixture
+def failing(producer):
+    """What a publish fails with, while the list holds anything."""
+    send, errors = producer.app.amqp.send_task_message, []
+
+    def fail(*args, **options):
+        if errors:
+            raise errors[0]
+        return send(*args, **options)
+
+    producer.app.amqp.__dict__["send_task_message"] = fail
+    return errors
+
+
+def test_a_soft_time_limit_that_strikes_while_a_body_submits_a_job_ends_the_body(producer, task, failing):
+    outer = task.call_another.delay(1)
+    failing.append(SoftTimeLimitExceeded(1))
+
+    assert run(task.call_another, outer.id, 1, publication=1) == "FAILURE"
+
+    assert producer.row(outer)["error_type"] == "JobTimeout"
+    (inner,) = producer.app.store.jobs(status="queued")
+    assert (inner["task_type"], inner["published_at"], inner["publication"]) == ("add", None, 2)
+
+
+@pytest.mark.parametrize("follows", ["chain", "callbacks"])
+def test_a_soft_time_limit_that_strikes_while_the_next_step_is_sent_comes_after_the_work(
+    producer, add, failing, follows
+):
+    job = add.delay(1, 1)
+    step = add.s(1)
+    step.freeze("next")
+    failing.append(SoftTimeLimitExceeded(1))
+
+    assert run(add, job.id, 1, 1, publication=1, **{follows: [dict(step)]}) == 2
+
+    assert producer.row(job)["status"] == "completed"
+    row = producer.row("next")
+    assert (row["status"], row["published_at"], row["parameters"]) == ("queued", None, {"x": 2, "y": 1})
+
+
+def test_a_soft_time_limit_that_strikes_while_a_body_retries_itself_does_not_end_the_retry(producer, task, failing):
+    job = task.become_add.delay(40)
+    failing.append(SoftTimeLimitExceeded(1))
+
+    assert run(task.become_add, job.id, 40, publication=1) == "IGNORED"
+
+    row = producer.row(job)
+    assert (row["status"], row["task_type"], row["published_at"], row["publication"]) == ("queued", "add", None, 3)
+
+
+def test_a_job_that_no_broker_would_take_fails_with_what_depends_on_it_and_is_no_fault_of_its_parent(
+    producer, task, add, failing, caplog
+):
+    outer = task.call_another.delay(1)
+    failing.append(TypeError("a bug"))
+
+    inner_id = run(task.call_another, outer.id, 1, publication=1)
+
+    row = producer.row(inner_id)
+    assert (row["status"], row["error_type"], row["error_message"]) == ("failed", "TypeError", "a bug")
+    assert producer.row(outer)["status"] == "completed"
+    (record,) = [record for record in caplog.records if record.name == "tasks.enqueue"]
+    assert (record.levelname, record.exc_info[0]) == ("ERROR", TypeError)
+
+
+def test_the_steps_behind_one_that_no_broker_would_take_fail_with_it(producer, add, failing):
+    last = chain(add.s(1, 1), add.s(1), add.s(2))()
+    message = producer.row(last.parent.parent)["message"]["options"]
+    failing.append(TypeError("a bug"))
+
+    assert run(add, last.parent.parent.id, 1, 1, publication=1, chain=message["chain"]) == 2
+
+    for step in (last.parent, last):
+        row = producer.row(step)
+        assert (row["status"], row["error_type"]) == ("failed", "TypeError")
 
 
 def test_a_step_that_can_not_work_fails_and_not_the_job_that_submits_it(producer, add):
