@@ -150,14 +150,15 @@ class MediaTasks(Celery):
 
         More options: `unique_key` and `unique_for`, see the README.
         """
-        self.load_capabilities()
-        if name not in MAPS and (positional or not self.is_recorded(name)):
-            if not name.startswith(capabilities.OWN_PREFIX):
-                args, kwargs = self._prepare(name, args, kwargs, options)
-            return super().send_task(name, args, kwargs, *positional, **options)
         from tasks import enqueue
 
-        return enqueue.send(self, name, args, kwargs, options)
+        self.load_capabilities()
+        options = enqueue.by_name(positional, options)
+        if name in MAPS or self.is_recorded(name):
+            return enqueue.send(self, name, args, kwargs, options)
+        if not name.startswith(capabilities.OWN_PREFIX):
+            args, kwargs = enqueue.prepared(self, name, args, kwargs, options)
+        return super().send_task(name, args, kwargs, **options)
 
     @property
     def is_without_database(self) -> bool:
@@ -184,24 +185,6 @@ class MediaTasks(Celery):
         super().send_task(
             name, args, kwargs, **timeless | {"headers": headers, "priority": self.wire_priority(priority)}
         )
-
-    def _prepare(self, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        """What a job without a row needs: its queue, its priority as the broker has it, and absolute paths."""
-        from tasks.arguments import check_options, due, expiry
-        from tasks.errors import InvalidArguments
-
-        if options.get("unique_key") is not None or options.get("unique_for") is not None:
-            raise InvalidArguments(f"{name}: unique jobs need the job table: ENQUEUE=strict or outbox, and MIRROR=on")
-        options["queue"] = options.get("queue") or name
-        if isinstance(options.get("priority"), int):
-            options["priority"] = self.wire_priority(options["priority"])
-        if (task := self.tasks.get(name)) is not None and self.current_worker_task is None:
-            args, kwargs = task.arguments.absolute(args or (), kwargs or {})
-            if self.settings.mirror:
-                for check in (check_options, due, expiry):
-                    check(name, options)
-                task.checked(args, kwargs)
-        return args, kwargs
 
     def wire_priority(self, priority: int) -> int:
         """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first."""

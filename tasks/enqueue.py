@@ -7,11 +7,13 @@ before the error reaches the caller, so that a caller who tries again gets one j
 """
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
 
+from celery import Celery
 from celery.canvas import maybe_signature
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.functional import maybe_list
@@ -40,6 +42,8 @@ _NOT_KEPT: Final = (
     "task_type",
     "add_to_parent",
 )
+_SEND_TASK: Final = inspect.signature(Celery.send_task)
+_UNBOUND: Final = (None,) * 4  # self, name, args, kwargs
 _OWN_HEADERS: Final = ("publication", "published_at", "expires")
 
 
@@ -85,6 +89,40 @@ def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -
     if publication is not None and not publication.is_resting:
         _publish(app, name, args, kwargs, options, publication, is_patient=is_patient)
     return app.AsyncResult(task_id)
+
+
+def by_name(positional: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call of `send_task`; Celery's also takes them by their place, behind the arguments.
+
+    Raises:
+        TypeError: There are too many, or one is given twice.
+    """
+    if not positional:
+        return options
+    bound = dict(_SEND_TASK.bind(*_UNBOUND, *positional, **options).arguments)
+    more: dict[str, Any] = bound.pop("options", {})
+    return dict(list(bound.items())[len(_UNBOUND) :]) | more
+
+
+def prepared(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The arguments of a job without a row, checked as those of others are, with absolute paths; `options` get its
+    queue, and its priority as the broker has it.
+
+    Raises:
+        InvalidArguments: The arguments can't work, or the options need a row.
+    """
+    if options.get("unique_key") is not None or options.get("unique_for") is not None:
+        raise InvalidArguments(f"{name}: unique jobs need the job table: ENQUEUE=strict or outbox, and MIRROR=on")
+    options["queue"] = options.get("queue") or name
+    if isinstance(options.get("priority"), int):
+        options["priority"] = app.wire_priority(options["priority"])
+    if (task := app.tasks.get(name)) is not None and app.current_worker_task is None:
+        args, kwargs = task.arguments.absolute(args or (), kwargs or {})
+        if app.settings.mirror:
+            for check in (check_options, due, expiry):
+                check(name, options)
+            task.checked(args, kwargs)
+    return args, kwargs
 
 
 def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: dict[str, Any]) -> NewJob:

@@ -108,6 +108,31 @@ def test_a_misspelt_option_is_refused_with_the_one_that_was_meant(producer, add,
     assert producer.app.store.jobs() == []
 
 
+def test_options_may_be_given_by_their_place_as_celery_takes_them(producer):
+    job = producer.app.send_task("add", (1, 1), {}, 60, None, "mine", priority=7)
+
+    row = producer.row("mine")
+    assert (job.id, row["priority"], row["published_at"]) == ("mine", 7, None)
+    assert now() + timedelta(seconds=50) < row["run_after_utc"] < now() + timedelta(seconds=61)
+
+
+@pytest.mark.parametrize(
+    ("positional", "options", "error", "words"),
+    [
+        (("x",), {}, InvalidArguments, "^add: countdown='x' must be a number of seconds"),
+        ((10,), {"countdown": 20}, TypeError, "multiple values for argument 'countdown'"),
+        ((None,) * 40, {}, TypeError, "too many positional arguments"),
+    ],
+    ids=["bad", "twice", "too many"],
+)
+def test_options_by_their_place_are_checked_as_those_by_name(producer, positional, options, error, words):
+    with pytest.raises(error, match=words):
+        producer.app.send_task("add", (1, 1), {}, *positional, **options)
+
+    assert producer.app.store.jobs() == []
+    assert messages(producer, "add") == []
+
+
 def test_what_celery_and_a_message_take_is_no_misspelling(producer, add):
     stamped = add.s(1, 1)
     stamped.stamp(linked="a stamp", tasks_id=["another"])
@@ -248,6 +273,13 @@ def test_without_a_database_only_the_message_is_sent_and_its_row_appears_at_the_
     databaseless.app.leases.take()  # as a worker does
     assert run(databaseless.task.add, job.id, 1, 2) == 3
     assert databaseless.row(job)["status"] == "completed"
+
+
+def test_without_a_database_options_by_their_place_are_checked_too(databaseless):
+    with pytest.raises(InvalidArguments, match="add: countdown='x' must be a number of seconds"):
+        databaseless.app.send_task("add", (1, 2), {}, "x")
+
+    assert messages(databaseless, "add") == []
 
 
 def test_without_a_database_options_are_checked_too(databaseless):
