@@ -14,12 +14,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, NullPool, create_engine, event
 
+from tasks.broker.files import NETWORK_FILE_SYSTEMS, file_system_of, identity, set_patiently
 from tasks.errors import DatabaseNotReady
 
 BUSY_TIMEOUT_MS: Final = 5000
@@ -30,12 +31,6 @@ _UNKNOWN: Final = -1
 # A claim writes 10 pages, and who fills the log writes it back in 4 ms: not one call in a hundred (SQLite's 1000) but
 # one in four hundred.
 _CHECKPOINT_PAGES: Final = 4000
-
-# Locks and shared memory do not hold between hosts: sqlite.org/wal.html, sqlite.org/faq.html#q5
-NETWORK_FILE_SYSTEMS: Final = frozenset(
-    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs"}
-    | {"nfs", "nfs4", "smb3", "smbfs"}
-)
 
 lock: Final = threading.RLock()
 _inherited: list[Connection] = []  # a child must not close its parent's handles: sqlite.org/howtocorrupt.html
@@ -103,7 +98,7 @@ class SqliteFile:
     @property
     def is_replaced(self) -> bool:
         """Whether the path leads to another file than the one that is open, or to none."""
-        return self._connection is not None and _identity(self.path) != self._identity
+        return self._connection is not None and identity(self.path) != self._identity
 
     def close(self) -> None:
         """Close the connection, unless this thread is in a transaction; the next use opens it again."""
@@ -128,7 +123,7 @@ class SqliteFile:
             _prepare_directory(self.path)
             self._waits_ms = BUSY_TIMEOUT_MS
             self._connection = self._engine.connect()
-            self._identity = _identity(self.path)
+            self._identity = identity(self.path)
         return self._connection
 
     def _wait_at_most(self, limit_ms: int) -> None:
@@ -152,25 +147,13 @@ class SqliteFile:
             "temp_store=MEMORY",
             f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
         ):
-            _set(handle, pragma, deadline)
+            set_patiently(handle, pragma, deadline)
         self._is_wal = handle.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def _is_empty(handle: sqlite3.Connection) -> bool:
     """Setting auto_vacuum again would take the write lock, so that opening waits for every writer."""
     return bool(handle.execute("PRAGMA page_count").fetchone() == (0,))
-
-
-def _set(handle: sqlite3.Connection, pragma: str, deadline: float) -> None:
-    while True:
-        try:
-            handle.execute(f"PRAGMA {pragma}").close()
-            return
-        except sqlite3.OperationalError as exc:
-            # Processes that switch a new file to WAL at once: SQLite doesn't wait here, whatever the timeout.
-            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-        time.sleep(0.01)
 
 
 def _begin(handle: sqlite3.Connection, *, is_last_try: bool) -> bool:
@@ -182,14 +165,6 @@ def _begin(handle: sqlite3.Connection, *, is_last_try: bool) -> bool:
             raise
         return False
     return True
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(path)  # noqa: PTH116 (called for each transaction, and half as dear as Path.stat)
-    except OSError:
-        return (0, 0)
-    return (status.st_dev, status.st_ino)
 
 
 def _prepare_directory(path: Path) -> None:
@@ -209,20 +184,8 @@ def _prepare_directory(path: Path) -> None:
         raise DatabaseNotReady(f"{path} is a directory; name a file in DATABASE_URL")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise DatabaseNotReady(f"{path} can't be written; {remedy}")
-    with suppress(OSError):  # no /proc: not Linux
-        if (kind := file_system_of(path.parent, Path("/proc/self/mounts").read_text())) in NETWORK_FILE_SYSTEMS:
-            raise DatabaseNotReady(
-                f"{path} is on a network file system ({kind}), where SQLite serves no two hosts; "
-                "set CL_SERVER_DIR to a local disk, or DATABASE_URL=postgresql://..."
-            )
-
-
-def file_system_of(directory: Path, mounts: str) -> str:
-    """The type of the file system that holds `directory`, by the text of /proc/self/mounts; '' if none does."""
-    directory, found = directory.resolve(), ("", "")
-    for line in mounts.splitlines():
-        _device, point, kind, *_ = line.split(" ")
-        point = point.encode().decode("unicode_escape")  # blanks stand there as \040
-        if directory.is_relative_to(point) and len(point) >= len(found[0]):  # a later mount hides an earlier one
-            found = (point, kind)
-    return found[1]
+    if (kind := file_system_of(path.parent)) in NETWORK_FILE_SYSTEMS:
+        raise DatabaseNotReady(
+            f"{path} is on a network file system ({kind}), where SQLite serves no two hosts; "
+            "set CL_SERVER_DIR to a local disk, or DATABASE_URL=postgresql://..."
+        )

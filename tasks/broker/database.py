@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.broker.errors import BrokerReplaced, BrokerUnavailable, BrokerUnusable, explained
+from tasks.broker.files import NETWORK_FILE_SYSTEMS, file_system_of, identity, set_patiently
 
 # Held around every use of SQLite and around every fork, so that no child is born while a thread is inside SQLite.
 _lock = threading.RLock()
@@ -21,18 +22,13 @@ _databases: "weakref.WeakSet[Database]" = weakref.WeakSet()
 _inherited: list[sqlite3.Connection] = []  # a child must not close its parent's handles: sqlite.org/howtocorrupt.html
 
 _PRAGMAS = (
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # commits survive a crash of any process; a power cut may undo the last ones
-    "PRAGMA wal_autocheckpoint = 4000",  # pages: a checkpoint syncs, so it stays out of the 99th percentile
-    "PRAGMA cache_size = -10000",
-    "PRAGMA temp_store = MEMORY",
+    "journal_mode=WAL",
+    "synchronous=NORMAL",  # commits survive a crash of any process; a power cut may undo the last ones
+    "wal_autocheckpoint=4000",  # pages: a checkpoint syncs, so it stays out of the 99th percentile
+    "cache_size=-10000",
+    "temp_store=MEMORY",
 )
 _VERSION = "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master) FROM pragma_user_version"
-# Locks and shared memory do not work reliably there: sqlite.org/wal.html, sqlite.org/faq.html#q5
-_NETWORK_FILE_SYSTEMS = frozenset(
-    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "glusterfs", "lustre", "ncpfs"}
-    | {"nfs", "nfs4", "smb3", "smbfs"}
-)
 
 
 class Database:
@@ -104,7 +100,7 @@ class Database:
 
     def check(self) -> None:
         """Raise `BrokerReplaced` if the file at the path is not the one that was opened."""
-        if _identity(self.path) != self._identity:
+        if identity(self.path) != self._identity:
             raise BrokerReplaced(f"Broker file {self.path} was removed or replaced; reconnecting to what is there now")
 
     def _usable_handle(self) -> sqlite3.Connection:
@@ -126,21 +122,13 @@ class Database:
             except BaseException:
                 handle.close()
                 raise
-        self._identity = _identity(self.path)
+        self._identity = identity(self.path)
         return handle
 
     def _prepare(self, handle: sqlite3.Connection) -> None:
         deadline = time.monotonic() + self._busy_timeout_s
-        while True:
-            try:
-                for pragma in _PRAGMAS:
-                    handle.execute(pragma)
-                break
-            except sqlite3.OperationalError as exc:
-                # Two processes that switch a new file to WAL at once: SQLite does not wait here, whatever the timeout.
-                if exc.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        for pragma in _PRAGMAS:
+            set_patiently(handle, pragma, deadline)
         version, has_tables = handle.execute(_VERSION).fetchone()
         if version > self._version:
             raise BrokerUnusable(
@@ -153,37 +141,18 @@ class Database:
             handle.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT")
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(path)  # noqa: PTH116  # called for each message, and half as dear as Path.stat
-    except FileNotFoundError:
-        return (0, 0)
-    return (status.st_dev, status.st_ino)
-
-
 def _refuse_missing_or_network_directory(path: Path) -> None:
     try:
-        device = path.parent.stat().st_dev
+        kind = file_system_of(path.parent)
     except PermissionError as exc:
         raise BrokerUnusable(f"Broker file {path}: give this user permission to enter its directory ({exc})") from exc
     except OSError as exc:
         raise BrokerUnavailable(f"Broker file {path}: its directory is missing; make it or mount it ({exc})") from exc
-    kind = _file_system_of(device)
-    if kind in _NETWORK_FILE_SYSTEMS:
+    if kind in NETWORK_FILE_SYSTEMS:
         raise BrokerUnusable(
             f"Broker file {path} is on a network file system ({kind}), where SQLite's locks do not hold; "
             "name a path on a local disk"
         )
-
-
-def _file_system_of(device: int) -> str:
-    """The type of a mounted file system, from proc_pid_mountinfo(5); empty where that is not known."""
-    mounts = Path("/proc/self/mountinfo")
-    for mount in mounts.read_text().splitlines() if mounts.exists() else ():
-        fields, _, source = mount.partition(" - ")
-        if fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
-            return source.split(" ", 1)[0]
-    return ""
 
 
 def _before_fork() -> None:

@@ -144,7 +144,7 @@ def test_a_lock_that_outlasts_the_busy_timeout_is_worth_another_try(open_store, 
 def test_a_network_file_system_is_refused(open_store, monkeypatch):
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     kinds = {line.partition(" - ")[2].split(" ")[0] for line in lines}
-    monkeypatch.setattr(database, "_NETWORK_FILE_SYSTEMS", frozenset(kinds))
+    monkeypatch.setattr(database, "NETWORK_FILE_SYSTEMS", frozenset(kinds))
 
     with pytest.raises(BrokerUnusable, match=r"broker\.db is on a network file system"):
         open_store()
@@ -253,10 +253,3 @@ def test_many_processes_that_open_a_new_file_at_once_all_succeed(broker_path):
     assert db.execute("SELECT ready FROM queues").fetchall() == [(8,)]
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     db.close()
-
-
-def test_broker_and_job_table_know_the_same_network_file_systems():
-    from db.sqlite import NETWORK_FILE_SYSTEMS
-    from tasks.broker.database import _NETWORK_FILE_SYSTEMS
-
-    assert _NETWORK_FILE_SYSTEMS == NETWORK_FILE_SYSTEMS

@@ -179,7 +179,7 @@ class TestWaiting:
         database.close()
         with closing(sqlite3.connect(sqlite_path)) as plain:
             plain.execute("PRAGMA journal_mode=DELETE")
-        monkeypatch.setattr(sqlite, "_set", lambda *_: None)  # which would make it WAL again
+        monkeypatch.setattr(sqlite, "set_patiently", lambda *_: None)  # which would make it WAL again
         with locked(sqlite_path, 1.0, "BEGIN", "SELECT * FROM task_queue"):
             assert store.enqueue(new_job())
 
@@ -453,39 +453,12 @@ def fill(store):
         store.enqueue(new_job())
 
 
-class TestNetworkFileSystems:
-    MOUNTS = (
-        "/dev/vda1 / ext4 rw 0 0\n"
-        "server:/export /mnt/share nfs4 rw,vers=4.2 0 0\n"
-        "tmpfs /mnt/share/local tmpfs rw 0 0\n"
-        "//server/x /mnt/with\\040blank cifs rw 0 0\n"
-        "/dev/vdb /srv ext4 rw 0 0\n"
-        "me@host: /srv fuse.sshfs rw 0 0\n"
-    )
+def test_a_file_on_a_network_file_system_is_refused(sqlite_path, monkeypatch):
+    monkeypatch.setattr(sqlite, "file_system_of", lambda *_: "nfs4")
 
-    @pytest.mark.parametrize(
-        ("directory", "kind"),
-        [
-            ("/home/me", "ext4"),
-            ("/mnt/share/a", "nfs4"),
-            ("/mnt/shared", "ext4"),
-            ("/mnt/share/local/a", "tmpfs"),
-            ("/mnt/with blank/a", "cifs"),
-            ("/srv/a", "fuse.sshfs"),
-        ],
-    )
-    def test_the_file_system_is_that_of_the_innermost_and_latest_mount(self, directory, kind):
-        assert sqlite.file_system_of(Path(directory), self.MOUNTS) == kind
-
-    def test_no_mounts_is_no_file_system(self):
-        assert sqlite.file_system_of(Path("/home"), "") == ""
-
-    def test_a_file_on_one_is_refused(self, sqlite_path, monkeypatch):
-        monkeypatch.setattr(sqlite, "file_system_of", lambda *_: "nfs4")
-
-        with pytest.raises(DatabaseNotReady, match=r"network file system \(nfs4\).*DATABASE_URL=postgresql"):
-            Store(open_database(sqlite_path)).jobs()
-        assert not sqlite_path.exists()
+    with pytest.raises(DatabaseNotReady, match=r"network file system \(nfs4\).*DATABASE_URL=postgresql"):
+        Store(open_database(sqlite_path)).jobs()
+    assert not sqlite_path.exists()
 
 
 def test_a_thread_finds_the_connection_free_after_an_error_of_another(store, database):
