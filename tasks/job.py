@@ -17,6 +17,7 @@ from typing import Any, Final
 from celery import Task
 from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.states import READY_STATES
 
 from db.records import Claim, Decision, NewJob, Status
 from tasks import remedy
@@ -75,7 +76,7 @@ class Job(Task):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Claim the job, run the body, and turn a transient error into a retry."""
-        if self.request.called_directly or not self.app.is_recorded(self.name):
+        if not self._has_row:
             return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
         self.app.waited_s = 0.0
         try:
@@ -129,17 +130,38 @@ class Job(Task):
         Raises:
             AttemptLost: The job was cancelled, or another attempt has taken over.
         """
-        request = self.request
-        if percent >= 100.0 or request.called_directly or not self.app.is_recorded(self.name):
+        if percent < 100.0:
+            self._tell(percent, stage, since=self.request.get("claimed_at"))
+
+    def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None, **options: Any) -> None:
+        """As Celery's. `meta={"progress": 40, "stage": "encode"}` of this job is written as by `progress`, but the
+        first one at once: it may be the only one. What is no number is left out.
+
+        Raises:
+            AttemptLost: As `progress`.
+        """
+        is_own = task_id in (None, self.request.id) and state not in READY_STATES
+        if not (is_own and isinstance(meta, Mapping) and "progress" in meta):
+            super().update_state(task_id, state, meta, **options)
             return
-        at = time.monotonic()
-        if at - (request.get("progress_at") or request.get("claimed_at") or 0.0) < PROGRESS_INTERVAL_S:
+        try:
+            percent = float(meta["progress"])
+        except (TypeError, ValueError):
+            return
+        stage = meta.get("stage")
+        self._tell(percent, None if stage is None else str(stage))
+
+    def _tell(self, percent: float, stage: str | None, *, since: float | None = None) -> None:
+        """Write it, unless the last one, or `since`, is too near. What the database doesn't take, the next one says."""
+        request, at = self.request, time.monotonic()
+        last_at = request.get("progress_at") or since
+        if not self._has_row or (last_at is not None and at - last_at < PROGRESS_INTERVAL_S):
             return
         request.progress_at = at
         from db.errors import DatabaseUnavailable  # a producer loads no SQLAlchemy
 
-        with suppress(DatabaseUnavailable):  # the next one says more
-            percent = min(max(percent, 0.0), 100.0)
+        with suppress(DatabaseUnavailable):
+            percent = min(max(0.0, percent), 100.0)  # in this order a NaN is 0
             if not self.app.store.progress(request.id, request.attempt, percent=percent, stage=stage):
                 raise AttemptLost(f"attempt {request.attempt} no longer owns the job; it stops here")
 
@@ -149,11 +171,8 @@ class Job(Task):
         Raises:
             AttemptLost: Another attempt has taken over, or the job was cancelled.
         """
-        request = self.request
-        if request.called_directly or not self.app.is_recorded(self.name):
-            return
-        if not self._owns():
-            raise AttemptLost(f"attempt {request.attempt} no longer owns the job; its output is dropped")
+        if self._has_row and not self._owns():
+            raise AttemptLost(f"attempt {self.request.attempt} no longer owns the job; its output is dropped")
 
     def _rejected(self, exc: Reject) -> Exception:
         """What a body's `Reject` comes to: a job that is given back is queued again, without fault; any other fails."""
@@ -164,6 +183,11 @@ class Job(Task):
         self.app.patiently(lambda: close(request.id, request.attempt, event="released", reason=reason, is_death=False))
         given_back: Exception = Ignore("it was given back")
         return given_back
+
+    @property
+    def _has_row(self) -> bool:
+        """Whether a message is run: a plain call of the function has no row, nor has a task that is not recorded."""
+        return not self.request.called_directly and bool(self.app.is_recorded(self.name))
 
     def _owns(self) -> bool:
         return bool(self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt)))

@@ -7,7 +7,7 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
 from celery import states
@@ -124,23 +124,13 @@ class JobBackend(BaseBackend):
     def store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
     ) -> Any:
-        """Write what `update_state` or the canvas says; `update_state(meta={"progress": 40})` is progress."""
+        """End the row where `update_state` or the canvas says so; its progress is the task's own to write."""
         if state == states.SUCCESS:
             self.mark_as_done(task_id, result, request)
         elif state in states.READY_STATES:
             status = Status.CANCELLED if state == states.REVOKED else Status.FAILED
             self._end(task_id, result, status, traceback, request)
-        elif isinstance(result, dict) and "progress" in result and (attempt := _attempt(request)) is not None:
-            self._tell_progress(task_id, attempt, result)
         return result
-
-    def _tell_progress(self, task_id: str, attempt: int, meta: Mapping[str, Any]) -> None:
-        """Write what a body says of itself by `update_state`; what is no number is left out."""
-        with suppress(TypeError, ValueError):
-            percent = min(max(float(meta["progress"]), 0.0), 100.0)
-            self.app.patiently(
-                lambda: self.app.store.progress(task_id, attempt, percent=percent, stage=meta.get("stage"))
-            )
 
     def _end(self, task_id: str, exc: Any, status: Status, traceback: Any, request: Any) -> bool:
         if request is None and self.app.patiently(lambda: self.app.store.job(task_id)) is None:

@@ -6,11 +6,12 @@ import time
 import pytest
 from celery.app.task import Context
 
+from db.errors import DatabaseUnavailable
 from db.records import Failure, Liveness, Status, now
 from tasks import remedy
 from tasks.errors import AttemptLost
 from tasks.job import token_of
-from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
+from tests.unit.jobs import Clock, change, claim, claimed_by, messages, new_job, run, silent_for
 
 FAILURE = Failure(error_type="E", error_message="m")
 
@@ -168,6 +169,134 @@ def test_confirm_raises_once_the_attempt_has_lost_its_job(producer, task):
             task.add.confirm()
     finally:
         task.add.pop_request()
+
+
+@pytest.fixture
+def add_running(producer, add, monkeypatch):
+    """The task `add` inside of a running attempt, one second after its claim."""
+    clock = Clock()
+    monkeypatch.setattr("tasks.job.time", clock)
+    job = add.delay(1, 1)
+    attempt = claim(producer.app.store, new_job(job.id)).attempt
+    add.push_request(id=job.id, attempt=attempt, claimed_at=clock.monotonic(), called_directly=False)
+    clock.pass_s(1)
+    yield add
+    add.pop_request()
+
+
+@pytest.fixture
+def clock(add_running):
+    from tasks import job
+
+    return job.time
+
+
+SAY = {
+    "progress": lambda task, percent: task.progress(percent, "encode"),
+    "update_state": lambda task, percent: task.update_state(
+        state="PROGRESS", meta={"progress": percent, "stage": "encode"}
+    ),
+}
+
+
+@pytest.fixture(params=SAY)
+def say(request):
+    """The two ways in which a body says how far it is."""
+    return SAY[request.param]
+
+
+def progress_of(producer, task):
+    row = producer.row(task.request.id)
+    return row["progress"], row["stage"]
+
+
+def test_progress_is_written_at_most_twice_a_second(producer, add_running, clock, say):
+    say(add_running, 40)
+    say(add_running, 50)
+    assert progress_of(producer, add_running) == (40, "encode")
+
+    clock.pass_s(0.4)
+    say(add_running, 60)
+    assert progress_of(producer, add_running) == (40, "encode")
+
+    clock.pass_s(0.2)
+    say(add_running, 70)
+    assert progress_of(producer, add_running) == (70, "encode")
+
+
+def test_progress_that_the_database_can_t_take_is_left_out(producer, add_running, clock, say, monkeypatch):
+    def away(*_, **__):
+        raise DatabaseUnavailable("it is away")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(producer.app.store, "progress", away)
+        say(add_running, 40)
+
+    clock.pass_s(1)
+    say(add_running, 50)
+    assert progress_of(producer, add_running) == (50, "encode")
+
+
+def test_an_attempt_that_lost_its_job_stops_where_it_says_how_far_it_is(producer, add_running, say):
+    producer.app.store.end(new_job(add_running.request.id), Status.CANCELLED, FAILURE)
+
+    with pytest.raises(AttemptLost):
+        say(add_running, 40)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [(40, 40), ("40", 40), (250, 100), (-1, 0), (float("nan"), 0), ("half", 0), (None, 0)],
+)
+def test_progress_that_a_body_says_by_update_state_is_a_percentage(producer, add_running, said, shown):
+    add_running.update_state(state="PROGRESS", meta={"progress": said})
+
+    assert progress_of(producer, add_running) == (shown, None)
+
+
+@pytest.mark.parametrize(("said", "shown"), [(-1, 0), (100, 0), (250, 0), (float("nan"), 0), (40, 40)])
+def test_a_body_s_progress_is_below_100_until_its_completion(producer, add_running, said, shown):
+    add_running.progress(said)
+
+    assert progress_of(producer, add_running)[0] == shown
+
+
+def test_a_stage_may_be_anything_that_can_be_written(producer, add_running):
+    add_running.update_state(state="PROGRESS", meta={"progress": 40, "stage": 2})
+
+    assert progress_of(producer, add_running) == (40, "2")
+
+
+def test_the_first_state_is_written_at_once_since_it_may_be_the_only_one(producer, add_running):
+    add_running.request.claimed_at = time.monotonic() + 1  # now, by the test's clock
+    add_running.progress(10)
+    assert progress_of(producer, add_running)[0] == 0
+
+    add_running.update_state(state="PROGRESS", meta={"progress": 40})
+
+    assert progress_of(producer, add_running)[0] == 40
+
+
+def test_the_progress_of_another_job_is_not_ours_to_write(producer, add_running):
+    other = add_running.delay(2, 2)
+    claim(producer.app.store, new_job(other.id))
+
+    add_running.update_state(other.id, state="PROGRESS", meta={"progress": 40})
+
+    assert producer.row(other)["progress"] == 0
+    assert progress_of(producer, add_running)[0] == 0
+
+
+def test_a_body_s_own_state_that_is_no_progress_changes_nothing(producer, add_running):
+    add_running.update_state(state="HALFWAY", meta={"any": "thing"})
+
+    assert producer.row(add_running.request.id)["status"] == "running"
+
+
+def test_progress_of_a_direct_call_goes_nowhere(producer, add, say):
+    say(add, 40)
+
+    assert producer.app.store.jobs() == []
 
 
 def test_a_direct_call_is_a_plain_function_call(producer, task):

@@ -55,15 +55,6 @@ def test_a_queued_job_is_pending(result):
     assert (result.state, result.ready()) == ("PENDING", False)
 
 
-@pytest.mark.parametrize(("said", "shown"), [(40, 40), ("40", 40), (250, 100), (-1, 0), ("half", 0), (None, 0)])
-def test_progress_that_a_body_says_by_update_state_is_a_percentage(producer, store, job, said, shown):
-    request = Context(id="job-1", task="add", attempt=claim(store, job).attempt)
-
-    producer.app.backend.store_result("job-1", {"progress": said}, "PROGRESS", request=request)
-
-    assert store.job("job-1")["progress"] == shown
-
-
 def test_a_running_job_is_started_and_shows_its_progress(store, job, result):
     attempt = claim(store, job).attempt
     store.progress("job-1", attempt, percent=25, stage="reading")
