@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Any, TypeAlias
+
+Row: TypeAlias = Mapping[Any, Any]
+"""A row of a table, or some of its columns, by name; SQLAlchemy's own, which can be asked by column, too."""
 
 
 class Status(StrEnum):

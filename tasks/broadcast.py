@@ -7,7 +7,7 @@ capability and asks no database; the other one relays the log, if this worker ha
 import logging
 import threading
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import bootsteps
 from celery.worker import state
@@ -15,6 +15,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tasks.mirror import slots
 from tasks.relay import IDLE_S, Relay
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
-        self._app: Final = worker.app
+        self._app: Final[MediaTasks] = worker.app
         self._worker: Final = worker
         self._has_begun = False
         worker.broadcast = self
@@ -142,7 +145,7 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             return True
         store = self._app.store
         holder = store.silent_holder(name, self._app.settings.lease_timeout_s)
-        return holder is not None and bool(store.take_duty(name, self._app.lease, after=holder))
+        return holder is not None and store.take_duty(name, self._app.leases.mine, after=holder)
 
     def _tell_the_rest(self) -> None:
         deadline = time.monotonic() + LAST_EVENTS_WITHIN_S

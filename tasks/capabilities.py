@@ -16,10 +16,13 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tasks.errors import SettingsError
 from tasks.settings import settings
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +78,12 @@ def _is_debugging() -> bool:
     return settings().log_level == "DEBUG" or logger.isEnabledFor(logging.DEBUG)
 
 
-def names(app: Any) -> list[str]:
+def names(app: "MediaTasks") -> list[str]:
     """All capabilities that are declared, sorted."""
     return sorted(name for name in app.tasks if not name.startswith(OWN_PREFIX))
 
 
-def check_strategies(app: Any, *, is_quiet: bool = False) -> None:
+def check_strategies(app: "MediaTasks", *, is_quiet: bool = False) -> None:
     """Look for slips in QUEUE_STRATEGY. A queue that is no capability's is warned of: `-Q` may serve it by its name.
 
     Raises:

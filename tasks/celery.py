@@ -4,16 +4,16 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from math import inf
 from pathlib import Path
 from runpy import run_path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from celery import Celery, signals
 from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.json import dumps, loads
-from kombu.utils.objects import cached_property
 from kombu.utils.uuid import uuid
 
 import tasks.broker
@@ -21,6 +21,12 @@ from tasks import capabilities
 from tasks.arguments import MAPS
 from tasks.errors import SettingsError
 from tasks.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from db.records import Row
+    from db.store import Store
+    from tasks.leases import Leases
+    from tasks.results import JobBackend
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -46,6 +52,8 @@ class MediaTasks(Celery):
     task_cls = "tasks.job:Job"
     loader_cls = OwnLoader
     control_cls = "tasks.control:RecordedControl"
+    backend: "JobBackend"
+    """With MIRROR=off Celery's own that keeps nothing; nobody calls it then."""
     lease: str | None = None
     """Names this worker's lease, in its main process and in its pool children; see `tasks.leases`."""
     waited_s = 0.0
@@ -65,8 +73,8 @@ class MediaTasks(Celery):
         return settings()
 
     @cached_property
-    def store(self) -> Any:
-        """The `db.store.Store` of this process and its children."""
+    def store(self) -> "Store":
+        """The job tables, for this process and its children."""
         from db.engine import Database
         from db.store import Store
 
@@ -82,8 +90,8 @@ class MediaTasks(Celery):
         )
 
     @cached_property
-    def leases(self) -> Any:
-        """The `tasks.leases.Leases` of this host."""
+    def leases(self) -> "Leases":
+        """Who lives, as this host sees it."""
         from tasks.leases import Leases
 
         return Leases(self)
@@ -129,7 +137,7 @@ class MediaTasks(Celery):
     @cached_property
     def worker_id(self) -> str:
         """Who claims jobs in this process: the worker whose main process this is, or its parent."""
-        return str(self.settings.worker_id)
+        return self.settings.worker_id
 
     def gen_task_name(self, name: str, module: str) -> str:  # noqa: ARG002 (Celery's signature)
         """A task is named by its function alone: its name is its queue and its capability."""
@@ -143,7 +151,7 @@ class MediaTasks(Celery):
         producer.
         """
         is_on = self.settings.mirror and not self.is_without_database
-        return bool(is_on) and not name.startswith(capabilities.OWN_PREFIX)
+        return is_on and not name.startswith(capabilities.OWN_PREFIX)
 
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any) -> Any:
         """As Celery's; the row is written first. See `tasks.enqueue.send` for what is raised.
@@ -163,7 +171,7 @@ class MediaTasks(Celery):
     @property
     def is_without_database(self) -> bool:
         """ENQUEUE=broker: a producer only has the broker; a worker always has the job table."""
-        return bool(self.settings.enqueue == "broker" and self.lease is None)
+        return self.settings.enqueue == "broker" and self.lease is None
 
     def publish(
         self,
@@ -190,9 +198,9 @@ class MediaTasks(Celery):
         """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first."""
         return 10 - priority if self.settings.broker_url.startswith("redis") else priority
 
-    def live_workers(self) -> list[Any]:
+    def live_workers(self) -> "list[Row]":
         """The heartbeat rows of workers heard of within LEASE_TIMEOUT_S."""
-        return list(self.store.workers(heard_within_s=self.settings.lease_timeout_s))
+        return self.store.workers(heard_within_s=self.settings.lease_timeout_s)
 
     def load_capabilities(self) -> None:
         """Find all task types, once."""
@@ -216,7 +224,7 @@ def _for_people(exc: SettingsError) -> Exception:
     return exc
 
 
-def result_backend(**options: Any) -> Any:
+def result_backend(**options: Any) -> "JobBackend":
     """The job table as a result backend; it is our app's for a process without one, too, whose `AsyncResult(id)` finds
     our settings.
     """

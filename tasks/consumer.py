@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 from celery.concurrency.asynpool import AsynPool
@@ -26,6 +26,9 @@ from tasks.errors import PermanentError, UnknownTask
 from tasks.job import Job
 from tasks.rows import job_of_request
 
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
+
 logger = logging.getLogger(__name__)
 
 _TEXTS: Final = ("root_id", "parent_id", "group")
@@ -39,6 +42,8 @@ class MalformedMessage(PermanentError):
 
 class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
     """Hands on what can be run, refuses the rest."""
+
+    app: "MediaTasks"
 
     def start(self) -> None:
         """As Celery's; a broker's file that no waiting makes usable ends the worker in one line."""

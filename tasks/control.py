@@ -12,16 +12,19 @@ those that start later. Everything is safe to repeat.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.control import Control
 from celery.canvas import maybe_signature
 from sqlalchemy.exc import IntegrityError
 
-from db.records import Status, now
+from db.records import Row, Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
 from tasks.rows import message_of_row, request_of_row, unsent
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 LONGEST_PAUSE_S: Final = 10 * 365 * 86400.0
 MOST_JOBS: Final = 2**31 - 1
@@ -55,7 +58,9 @@ class Chapter:
 # Jobs
 
 
-def jobs(*, status: str | None = None, task: str | None = None, limit: int = 50, app: Any = None) -> list[Job]:
+def jobs(
+    *, status: str | None = None, task: str | None = None, limit: int = 50, app: "MediaTasks | None" = None
+) -> list[Job]:
     """The newest jobs first: {column of task_queue: value}, times as aware datetimes.
 
     Args:
@@ -74,7 +79,7 @@ def jobs(*, status: str | None = None, task: str | None = None, limit: int = 50,
     return [dict(row) for row in (app or _app()).store.jobs(status=wanted, task_type=task, limit=limit)]
 
 
-def show(job_id: str, *, app: Any = None) -> Job:
+def show(job_id: str, *, app: "MediaTasks | None" = None) -> Job:
     """One job: its row as `jobs` gives it, and under `logs` all its changes in order, {column of task_logs: value}.
 
     Raises:
@@ -85,7 +90,7 @@ def show(job_id: str, *, app: Any = None) -> Job:
     return {**row, "logs": [dict(log) for log in app.store.logs(job_id)]}
 
 
-def cancel(job_id: str, reason: str = "", *, app: Any = None) -> bool:
+def cancel(job_id: str, reason: str = "", *, app: "MediaTasks | None" = None) -> bool:
     """Cancel a job and what waits for it; False if it has ended already. A step of a chain that has not been sent yet,
     or the body of a chord, never will be.
 
@@ -106,7 +111,7 @@ def cancel(job_id: str, reason: str = "", *, app: Any = None) -> bool:
     return bool(_row(app, job_id)["status"] == Status.CANCELLED)
 
 
-def replay(job_id: str, *, app: Any = None) -> bool:
+def replay(job_id: str, *, app: "MediaTasks | None" = None) -> bool:
     """Run a failed or cancelled job again, as new; False if it is neither. What failed because of it follows it.
 
     Raises:
@@ -116,7 +121,7 @@ def replay(job_id: str, *, app: Any = None) -> bool:
     return _queue_again(app or _app(), job_id)
 
 
-def retry(job_id: str, *, app: Any = None) -> bool:
+def retry(job_id: str, *, app: "MediaTasks | None" = None) -> bool:
     """Run a job now: one that waits for its retry or its ETA at once, a failed or cancelled one as `replay` does.
 
     Raises:
@@ -125,7 +130,7 @@ def retry(job_id: str, *, app: Any = None) -> bool:
     app = app or _app()
     row = _row(app, job_id)
     if row["status"] == Status.QUEUED and row["published_at"] is None:
-        return bool(app.store.republish(job_id, row["publication"], "asked to run now"))
+        return app.store.republish(job_id, row["publication"], "asked to run now")
     return _queue_again(app, job_id)
 
 
@@ -135,7 +140,7 @@ def was_never_sent(row: Mapping[str, Any]) -> bool:
     return bool(is_over and row["published_at"] is None and row["run_after_utc"] is None)
 
 
-def explain(job_id: str, *, app: Any = None) -> list[Chapter]:
+def explain(job_id: str, *, app: "MediaTasks | None" = None) -> list[Chapter]:
     """The whole story of a job in order: changes, workers, errors, waits; and for one that waits, why.
 
     Raises:
@@ -157,7 +162,7 @@ def explain(job_id: str, *, app: Any = None) -> list[Chapter]:
 # Queues
 
 
-def queues(*, app: Any = None) -> list[Queue]:
+def queues(*, app: "MediaTasks | None" = None) -> list[Queue]:
     """All queues that are known, served, paused or have jobs waiting."""
     app = app or _app()
     counts, paused = app.store.queue_counts(), {row["queue"]: row for row in app.store.paused()}
@@ -180,7 +185,7 @@ def queues(*, app: Any = None) -> list[Queue]:
     ]
 
 
-def queue_named(name: str, *, app: Any = None) -> Queue:
+def queue_named(name: str, *, app: "MediaTasks | None" = None) -> Queue:
     """The queue of this name.
 
     Raises:
@@ -193,7 +198,7 @@ def queue_named(name: str, *, app: Any = None) -> Queue:
     return known[name]
 
 
-def pause(queue: str, reason: str = "", *, for_s: float | None = None, app: Any = None) -> None:
+def pause(queue: str, reason: str = "", *, for_s: float | None = None, app: "MediaTasks | None" = None) -> None:
     """Have no worker take jobs from a queue, until `resume` or for so many seconds; running jobs go on.
 
     Raises:
@@ -207,7 +212,7 @@ def pause(queue: str, reason: str = "", *, for_s: float | None = None, app: Any 
     app.store.pause(queue, reason=reason, until=now() + timedelta(seconds=for_s) if for_s is not None else None)
 
 
-def resume(queue: str, *, app: Any = None) -> bool:
+def resume(queue: str, *, app: "MediaTasks | None" = None) -> bool:
     """End a pause; False if there was none.
 
     Raises:
@@ -215,10 +220,10 @@ def resume(queue: str, *, app: Any = None) -> bool:
     """
     app = app or _app()
     queue_named(queue, app=app)
-    return bool(app.store.resume(queue))
+    return app.store.resume(queue)
 
 
-def purge(queue: str, *, app: Any = None) -> int:
+def purge(queue: str, *, app: "MediaTasks | None" = None) -> int:
     """Cancel all jobs that wait in a queue; how many there were.
 
     Raises:
@@ -244,6 +249,8 @@ def purge(queue: str, *, app: Any = None) -> int:
 class RecordedControl(Control):  # type: ignore[misc, unused-ignore]
     """Celery's remote control, whose revokes are written down: a broadcast reaches only workers that run."""
 
+    app: "MediaTasks"
+
     def revoke(self, task_id: Any, *args: Any, **kwargs: Any) -> Any:
         """As Celery's; also from Flower and `AsyncResult.revoke()`. A running job goes on unless `terminate`."""
         ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
@@ -263,27 +270,26 @@ class RecordedControl(Control):  # type: ignore[misc, unused-ignore]
 # How they do it
 
 
-def _app() -> Any:
+def _app() -> "MediaTasks":
     from tasks.celery import app
 
     return app
 
 
-def _find(app: Any, job_id: str) -> Mapping[str, Any] | None:
+def _find(app: "MediaTasks", job_id: str) -> Row | None:
     if not isinstance(job_id, str):
         raise UnknownJob(f"{job_id!r} is no job's id, which is a text")
-    row: Mapping[str, Any] | None = app.store.job(job_id)
-    return row
+    return app.store.job(job_id)
 
 
-def _row(app: Any, job_id: str) -> Mapping[str, Any]:
+def _row(app: "MediaTasks", job_id: str) -> Row:
     row = _find(app, job_id)
     if row is None:
         raise UnknownJob(f"no job has the id {job_id}; celery -A tasks jobs list shows them")
     return row
 
 
-def _step(app: Any, job_id: str) -> Any:
+def _step(app: "MediaTasks", job_id: str) -> Any:
     """The request of a job that waits, without a row, in the message of the one before it; None if there is none.
 
     As one that was sent: its predecessor, which knows nothing of this, sends no job that has ended.
@@ -303,7 +309,7 @@ def _step(app: Any, job_id: str) -> Any:
     return None
 
 
-def _queue_again(app: Any, job_id: str) -> bool:
+def _queue_again(app: "MediaTasks", job_id: str) -> bool:
     row = _row(app, job_id)
     if was_never_sent(row):
         raise InvalidArguments(
@@ -330,7 +336,7 @@ def _said(log: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, said))
 
 
-def _reasons_to_wait(app: Any, row: Mapping[str, Any]) -> list[str]:
+def _reasons_to_wait(app: "MediaTasks", row: Mapping[str, Any]) -> list[str]:
     """Why a queued job does not run: all reasons, the strongest first."""
     queue, reasons = row["queue"], []
     state = {queue.name: queue for queue in queues(app=app)}.get(queue)
@@ -357,7 +363,7 @@ def _reasons_to_wait(app: Any, row: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _ahead(app: Any, row: Mapping[str, Any]) -> str:
+def _ahead(app: "MediaTasks", row: Mapping[str, Any]) -> str:
     """How many published jobs its worker takes first; empty if there is none."""
     queue, orders = row["queue"], app.settings.queue_strategy
     order = orders.get(queue, orders["*"])
@@ -373,7 +379,7 @@ def _others(number: int) -> str:
     return "1 other job" if number == 1 else f"{number:,} other jobs"
 
 
-def _running(app: Any, row: Mapping[str, Any]) -> Chapter:
+def _running(app: "MediaTasks", row: Mapping[str, Any]) -> Chapter:
     """Who has it, how far it is, and whether its holder was heard of lately."""
     worker = {worker["worker_id"]: worker for worker in app.store.workers()}.get(row["claimed_by"])
     heard = f", heard of {(now() - worker['last_heartbeat']).total_seconds():.0f} s ago" if worker else ""

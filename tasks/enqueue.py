@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from celery import Celery
 from celery.canvas import maybe_signature
@@ -29,6 +29,9 @@ from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, Unknown
 from tasks.job import Job, follows_up
 from tasks.remedy import is_transient
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class BrokerAway(OperationalError):
     """The broker does not answer; the message names it, without its password."""
 
 
-def send(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
+def send(app: "MediaTasks", name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
     """Write the row, then publish its message, or leave that to a dispatcher.
 
     A job id that is known already is not sent again, unless its job has failed or was cancelled (then it is replayed)
@@ -104,7 +107,7 @@ def by_name(positional: tuple[Any, ...], options: dict[str, Any]) -> dict[str, A
     return dict(list(bound.items())[len(_UNBOUND) :]) | more
 
 
-def prepared(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+def prepared(app: "MediaTasks", name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     """The arguments of a job without a row, checked as those of others are, with absolute paths; `options` get its
     queue, and its priority as the broker has it.
 
@@ -125,7 +128,9 @@ def prepared(app: Any, name: str, args: Any, kwargs: Any, options: dict[str, Any
     return args, kwargs
 
 
-def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: dict[str, Any]) -> NewJob:
+def new_job(
+    app: "MediaTasks", task: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: dict[str, Any]
+) -> NewJob:
     """The row of a job as it is submitted, checked; `options` gets what follows from it.
 
     Raises:
@@ -167,7 +172,7 @@ def new_job(app: Any, task: Any, name: str, args: list[Any], kwargs: dict[str, A
     )
 
 
-def _with_id(step: Any, app: Any) -> Any:
+def _with_id(step: Any, app: "MediaTasks") -> Any:
     """A callback that keeps its id: an attempt that dies between sending it and its own end sends it again."""
     step = maybe_signature(step, app=app, clone=True)
     step.freeze(step.options.get("task_id"))
@@ -182,7 +187,7 @@ def _kept(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> tuple[str, Publication | None]:
+def _enqueue(app: "MediaTasks", job: NewJob, *, is_patient: bool) -> tuple[str, Publication | None]:
     """A job of a producer, which is told of a database that doesn't answer; or one of a worker: a step of a chain, say,
     whose predecessor has succeeded and must not fail for it. A worker may send one twice, so it replays only what has
     failed without ever being sent: a step that failed with its predecessor, which was replayed.
@@ -204,7 +209,7 @@ def _enqueue(app: Any, job: NewJob, *, is_patient: bool) -> tuple[str, Publicati
     return app.patiently(enqueued) if is_patient else _twice(app, enqueued)
 
 
-def _twice(app: Any, call: Callable[[], T]) -> T:
+def _twice(app: "MediaTasks", call: Callable[[], T]) -> T:
     """Call, and again if a server's answer was lost: the row may be written, and a caller who is told of an error will
     submit a second job. The second call finds it.
     """
@@ -219,13 +224,13 @@ def _twice(app: Any, call: Callable[[], T]) -> T:
 
 
 def _requeue(
-    app: Any, request: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
+    app: "MediaTasks", request: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
 ) -> Publication | None:
     """A retry, or a job that replaces itself: the running attempt ends; its row, with the error, is queued under the
     next publication, and keeps what is to run then.
     """
     error = request.get("retry_error")
-    result: Publication | None = app.patiently(
+    return app.patiently(
         lambda: app.store.requeue(
             request.id,
             attempt=request.attempt,
@@ -236,11 +241,10 @@ def _requeue(
             changed=_changed(app, request, name, args, kwargs, options),
         )
     )
-    return result
 
 
 def _changed(
-    app: Any, request: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
+    app: "MediaTasks", request: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The columns of a row that a retry or a replacement changes: none, if it runs as before."""
     before = (request.task, list(request.args or ()), dict(request.kwargs or {}))
@@ -256,7 +260,7 @@ def _changed(
 
 
 def _publish(
-    app: Any,
+    app: "MediaTasks",
     name: str,
     args: list[Any],
     kwargs: dict[str, Any],
@@ -303,7 +307,7 @@ def _publish(
         app.backend.mark_as_failure(task_id, exc, request=request)
 
 
-def _interrupts_body(app: Any, task_id: str) -> bool:
+def _interrupts_body(app: "MediaTasks", task_id: str) -> bool:
     """Whether a time limit that strikes the publish of a job has a body to end: not one that has returned, and whose
     next step is sent, nor one that has just queued its own job again.
     """
@@ -322,7 +326,7 @@ def explained(exc: Exception, broker_url: str) -> Exception:
     )
 
 
-def _queue_of(app: Any, task: Any, name: str, queue: Any) -> str:
+def _queue_of(app: "MediaTasks", task: Any, name: str, queue: Any) -> str:
     """The queue to publish to: the task's own name, unless the caller names one that is known."""
     wanted = str(getattr(queue, "name", queue) or getattr(task, "queue", None) or name)
     if name == wanted and name in app.tasks:

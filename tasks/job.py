@@ -12,14 +12,14 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task
 from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 
-from db.records import Claim, Decision, NewJob, Status
+from db.records import Decision, NewJob, Status
 from tasks import remedy
 from tasks.arguments import Arguments, named
 from tasks.errors import (
@@ -33,6 +33,10 @@ from tasks.errors import (
 )
 from tasks.leftovers import remove_temp_files
 from tasks.rows import job_of_request, parameters_of
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
+    from tasks.results import JobBackend
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ class Job(Task):
         seconds_per_megabyte: Added to `soft_time_limit` and `time_limit` for each megabyte of the inputs.
     """
 
+    app: "MediaTasks"
+    backend: "JobBackend"
     abstract = True
     typing = (
         False  # Celery's check counts `self`, does not say what a task takes, and fails the job before it in a chain
@@ -190,7 +196,7 @@ class Job(Task):
         return not self.request.called_directly and bool(self.app.is_recorded(self.name))
 
     def _owns(self) -> bool:
-        return bool(self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt)))
+        return self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt))
 
     def limits(self, parameters: Mapping[str, Any]) -> tuple[float | None, float | None]:
         """The soft and the hard time limit, seconds: those of the task, and more for larger inputs."""
@@ -296,7 +302,7 @@ class Job(Task):
         """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
         request, app = self.request, self.app
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
-        claim: Claim = app.patiently(
+        claim = app.patiently(
             lambda: app.store.claim(
                 lambda: self._unknown_job(args, kwargs),
                 job_id=request.id,

@@ -13,11 +13,14 @@ import uuid
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from db.records import Holder, Liveness
 from tasks.broker.lease import Lease, is_held, silent_s
 from tasks.errors import SettingsError
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 STOPPED_AFTER_S: Final = 60.0
 _REFUSED_AFTER_S: Final = 10.0
@@ -27,7 +30,7 @@ _RETRY_S: Final = 0.25
 class Leases:
     """The leases of one deployment, as this host sees them."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: "MediaTasks") -> None:
         self._app: Final = app
         self._directory: Final = Path(app.settings.server_dir) / "leases"
         self._mine: Lease | None = None
@@ -44,21 +47,35 @@ class Leases:
         self._app.lease = self._mine.name
         self.renew()
         while self._is_held():  # both have begun at the same moment: both step back, for a while of their own
-            self._app.store.forget_lease(self._app.lease)
+            self._app.store.forget_lease(self.mine)
             time.sleep(random.uniform(_RETRY_S, 10 * _RETRY_S))  # noqa: S311 (no secret)
             self._refuse_double(deadline)
             self.renew()
 
     def renew(self) -> None:
         """Say in the file and in the row that this worker lives."""
-        if self._mine is not None:
-            self._mine.touch()
-        self._app.store.renew_lease(self._app.lease, self._app.worker_id, self.host_id)
+        self._held.touch()
+        self._app.store.renew_lease(self.mine, self._app.worker_id, self.host_id)
 
     def release(self) -> None:
         """Give the lease back; its row stays for as long as it holds an attempt."""
-        if self._app.store.forget_lease(self._app.lease) and self._mine is not None:
-            self._mine.release()  # else the lock goes with this process, and its file shows that it did
+        if self._app.store.forget_lease(self.mine):
+            self._held.release()  # else the lock goes with this process, and its file shows that it did
+
+    @property
+    def mine(self) -> str:
+        """The name of this worker's own lease.
+
+        Raises:
+            RuntimeError: This process is no worker's, or has taken none yet.
+        """
+        return self._held.name
+
+    @property
+    def _held(self) -> Lease:
+        if self._mine is None:
+            raise RuntimeError("this process holds no lease: only a worker's does")
+        return self._mine
 
     def judge(self, holder: Holder) -> Liveness:
         """Whether a holder lives."""

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.media.output import temp_files_of
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 
 def remove_temp_files(task: Any, called_with: tuple[Any, Any], token: str) -> int:
@@ -14,7 +17,7 @@ def remove_temp_files(task: Any, called_with: tuple[Any, Any], token: str) -> in
     return sum(_remove(directory, token) for directory in _directories(task.arguments.by_name(args, kwargs), task))
 
 
-def remove_temp_files_of_row(app: Any, row: Mapping[str, Any], token: str) -> int:
+def remove_temp_files_of_row(app: "MediaTasks", row: Mapping[str, Any], token: str) -> int:
     """The same for a job's row; nothing if its task is not known here."""
     task = app.tasks.get(row["task_type"])
     if task is None or not hasattr(task, "arguments"):

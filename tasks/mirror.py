@@ -6,12 +6,15 @@ What the database can't take now, the next heartbeat says again.
 import logging
 import os
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.records import Heartbeat, now
 from tasks import request
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Mirror:
     """One worker, as its row shows it."""
 
-    def __init__(self, app: Any, worker: Any) -> None:
+    def __init__(self, app: "MediaTasks", worker: Any) -> None:
         self._app = app
         self._worker = worker
         self._started_at = now()

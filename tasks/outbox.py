@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery.result import AsyncResult
 from kombu.utils.json import dumps
@@ -27,6 +27,9 @@ from db.statements import LOG, log_row
 from tasks.arguments import is_name
 from tasks.enqueue import new_job
 from tasks.errors import InvalidArguments
+
+if TYPE_CHECKING:
+    from db.store import Store
 
 _HAS_TABLES: Final = "SELECT to_regclass('duties') IS NOT NULL AND to_regclass('task_queue') IS NOT NULL"
 _IDENTITY: Final = "SELECT holder FROM duties WHERE name = 'identity'"
@@ -118,7 +121,7 @@ class _Cursor(ABC):
     def driver_connection(self) -> Any:
         """The DB-API connection."""
 
-    def write(self, store: Any, job: NewJob) -> None:
+    def write(self, store: "Store", job: NewJob) -> None:
         """Insert the row, which rests until it is due, and its log row."""
         self._require(store)
         at = now()
@@ -146,7 +149,7 @@ class _Cursor(ABC):
             raise
         self.command("COMMIT")
 
-    def _require(self, store: Any) -> None:
+    def _require(self, store: "Store") -> None:
         """Refuse a connection to another database: nobody would look for the job there."""
         database = store.database
         if self.is_sqlite:  # asked of the caller's connection alone: it may hold the write lock already

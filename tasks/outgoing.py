@@ -7,11 +7,14 @@ take it, the row goes back to rest and is tried again.
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kombu.exceptions import OperationalError
 
 from tasks.rows import message_of_row
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Outlet:
     """A connection of its own to the broker: the app's belong to the thread that forks pool children."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: "MediaTasks") -> None:
         self._app: Final = app
         self._connection: Any = None
         self.is_away = False

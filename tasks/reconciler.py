@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from db.records import Closed, Holder, Liveness, now
+from db.records import Holder, Liveness, Row, now
 from tasks import outgoing
 from tasks.broker.ledger import Ledger, ledger_of
 from tasks.job import poisoned, token_of
 from tasks.leftovers import remove_temp_files_of_row
 from tasks.rows import request_of_row
+
+if TYPE_CHECKING:
+    from db.store import Store
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ class Finding:
 class Reconciler:
     """One deployment's; `round` finds and mends."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: "MediaTasks") -> None:
         self._app: Final = app
         self._store: Final = app.store
         self._outlet: Final = outgoing.Outlet(app)
@@ -152,10 +156,10 @@ class Reconciler:
         if leases.judge(holder) is not Liveness.DEAD:
             return False
         steady_s = time.monotonic() - self._steady_since
-        return bool(leases.is_let_go(holder) or steady_s >= self._app.settings.lease_timeout_s)
+        return leases.is_let_go(holder) or steady_s >= self._app.settings.lease_timeout_s
 
     def _close(self, row: Mapping[str, Any]) -> None:
-        closed: Closed | None = self._store.close(row["job_id"], row["attempt"], reason="its worker died")
+        closed = self._store.close(row["job_id"], row["attempt"], reason="its worker died")
         remove_temp_files_of_row(self._app, row, token_of(row["job_id"], row["attempt"]))
         max_deaths = self._app.settings.max_deaths
         if closed is not None and closed.deaths >= max_deaths:
@@ -206,7 +210,7 @@ class Reconciler:
 
 
 _Publication = tuple[str, int]
-_Rows = Mapping[_Publication, Mapping[str, Any]]
+_Rows = Mapping[_Publication, Row]
 
 
 class _Look:
@@ -218,7 +222,7 @@ class _Look:
         self._suspected_at = 0.0
         self._newest_then: dict[_Publication, int] = {}
 
-    def overtaken(self, unheld: _Rows, queue: str, store: Any) -> _Rows:
+    def overtaken(self, unheld: _Rows, queue: str, store: "Store") -> _Rows:
         """The jobs whose messages are older than that of one which runs, and of no higher priority than theirs.
 
         A first message is as old as its row; any other is not known to be older than the first look at it.

@@ -11,9 +11,14 @@ How far running jobs are is told twice a second, unconfirmed.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
+from db.records import Row
 from tasks.sinks.events import LONGEST_RESULT_BYTES, event_of, progress_of
+
+if TYPE_CHECKING:
+    from db.store import Store
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ class Relay:
         has_duty: Takes the duty, or finds that another living worker has it.
     """
 
-    def __init__(self, app: Any, sink: Sink, has_duty: Callable[[str], bool]) -> None:
+    def __init__(self, app: "MediaTasks", sink: Sink, has_duty: Callable[[str], bool]) -> None:
         self._app: Final = app
         self._sink: Final = sink
         self._has_duty: Final = has_duty
@@ -110,7 +115,7 @@ class Relay:
             self._record()
         self._log = None
         self._look_at_duty = 0.0
-        self._app.store.leave_duty(DUTY, self._app.lease)
+        self._app.store.leave_duty(DUTY, self._app.leases.mine)
 
     def _keeps_duty(self) -> bool:
         if self._log is not None and time.monotonic() < self._look_at_duty:
@@ -121,7 +126,7 @@ class Relay:
         self._look_at_duty = time.monotonic() + LOOK_AT_DUTY_S
         if self._log is None:
             self._record()
-            position = self._app.store.relay_position(DUTY, self._app.lease)
+            position = self._app.store.relay_position(DUTY, self._app.leases.mine)
             if position is None:
                 return False
             logger.info("this worker tells the events of all jobs, from log row %d on", position + 1)
@@ -135,7 +140,7 @@ class Relay:
         if position is None or (at < self._record_at and not at_once):
             return
         self._record_at = at + RECORD_EVERY_S
-        if not self._app.store.relay_reached(DUTY, self._app.lease, position):
+        if not self._app.store.relay_reached(DUTY, self._app.leases.mine, position):
             self._log = None
         self._told = None
 
@@ -168,16 +173,16 @@ class Relay:
         self._mention(rising, {row["job_id"]: row["sequence"] for row in rows})
         return POLL_S
 
-    def _rising(self) -> Sequence[Mapping[str, Any]]:
+    def _rising(self) -> Sequence[Row]:
         """The jobs that have said how far they are, when it is time to tell that."""
         if time.monotonic() < self._look_at_progress:
             return ()
         self._look_at_progress = time.monotonic() + PROGRESS_EVERY_S
-        rising: Sequence[Mapping[str, Any]] = self._app.store.rising()
+        rising = self._app.store.rising()
         self._risen = {row["job_id"]: self._risen.get(row["job_id"], NOT_RISEN) for row in rising}
         return rising
 
-    def _mention(self, rising: Sequence[Mapping[str, Any]], sequences: Mapping[str, int]) -> None:
+    def _mention(self, rising: Sequence[Row], sequences: Mapping[str, int]) -> None:
         """Say how far jobs are, where that has risen and nothing newer was told."""
         for row in rising:
             job_id, now = row["job_id"], (row["attempt"], row["progress"])
@@ -193,7 +198,7 @@ class LogReader:
     them. `position` is the last id below which nothing can come.
     """
 
-    def __init__(self, store: Any, position: int) -> None:
+    def __init__(self, store: "Store", position: int) -> None:
         self._store: Final = store
         self._top = position
         self._missing: dict[tuple[int, int], frozenset[str]] = {}
@@ -207,13 +212,11 @@ class LogReader:
         """Whether rows below the last one may come, without anything new after it."""
         return bool(self._missing)
 
-    def read(self, limit: int) -> list[Mapping[str, Any]]:
+    def read(self, limit: int) -> list[Row]:
         """The next rows by id; rows that were missing come first."""
         writers = self._store.log_writers() if self._missing else frozenset()
         after = self._top if len(self._missing) < MOST_GAPS else 2**62
-        rows: list[Mapping[str, Any]] = self._store.changes(
-            after, list(self._missing), limit=limit, result_bytes=LONGEST_RESULT_BYTES
-        )
+        rows = self._store.changes(after, list(self._missing), limit=limit, result_bytes=LONGEST_RESULT_BYTES)
         found = [row["id"] for row in rows]
         is_all = len(rows) < limit
         self._missing = {

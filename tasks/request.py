@@ -9,11 +9,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from signal import SIGKILL, SIGTERM
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from billiard.common import TERM_SIGNAME
 from billiard.exceptions import Terminated, TimeLimitExceeded
@@ -23,13 +22,16 @@ from celery.worker import state
 from celery.worker.request import Request
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Closed, Status, now
+from db.records import Closed, Row, Status, now
 from tasks import remedy
 from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
 from tasks.job import OUTAGE_S, Job, poisoned, token_of
 from tasks.leftovers import remove_temp_files
 from tasks.rows import describe
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     def is_job(self) -> bool:
         return isinstance(self.task, Job) and self.app.is_recorded(self.name)
 
+    app: "MediaTasks"
     time_limits: tuple[float | None, float | None]
     is_given_back = False
     _already_revoked: bool
@@ -218,15 +221,14 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             row = self._own_row()
             if row is None:
                 return None
-            closed: Closed | None = store.close(self.id, row["attempt"], event=event, reason=reason, is_death=is_death)
-            return closed
+            return store.close(self.id, row["attempt"], event=event, reason=reason, is_death=is_death)
         except SQLAlchemyError as exc:
             logger.warning("%s[%s] is closed later: %s", self.name, self.id, exc)
             return None
 
-    def _own_row(self) -> Mapping[str, Any] | None:
+    def _own_row(self) -> Row | None:
         """The job's row, if it is this message's and this worker's."""
-        row: Mapping[str, Any] | None = self.app.store.job(self.id)
+        row = self.app.store.job(self.id)
         is_own = row is not None and (row["lease"], row["publication"]) == (self.app.lease, self._publication)
         return row if is_own else None
 
@@ -235,7 +237,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         retries = self._context.retries or 0
         if self.task.max_retries is not None and retries >= self.task.max_retries:
             return False
-        return bool(self.app.patiently(lambda: self._requeue(error, retries)))
+        return self.app.patiently(lambda: self._requeue(error, retries))
 
     def _requeue(self, error: JobTimeout, retries: int) -> bool:
         row = self._own_row()

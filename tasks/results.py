@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
 from celery.backends.base import BaseBackend
@@ -22,6 +22,9 @@ from tasks.job import follows_up
 from tasks.remedy import is_transient
 from tasks.rows import describe, exception_of, job_of_request, json_fault, meta_of, request_of_row, unsent
 
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
+
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.05
@@ -30,6 +33,7 @@ POLL_S: Final = 0.05
 class JobBackend(BaseBackend):
     """Celery's result backend on the job table."""
 
+    app: "MediaTasks"
     supports_native_join = True
     supports_autoexpire = True
     persistent = True
@@ -54,7 +58,7 @@ class JobBackend(BaseBackend):
         """Write it, however long the database takes: a soft time limit that strikes now comes after the work."""
         while True:
             try:
-                return bool(self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result)))
+                return self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result))
             except SoftTimeLimitExceeded:
                 logger.warning("%s: its soft time limit struck while its completion was written", task_id)
 
@@ -141,17 +145,15 @@ class JobBackend(BaseBackend):
         attempt, publication = _attempt(request), request.get("publication") if request else None
         job = _job(self.app, task_id, request)
         failure = describe(exc, traceback)
-        return bool(
-            self.app.patiently(
-                lambda: self.app.store.end(
-                    job,
-                    status,
-                    failure,
-                    attempt=attempt,
-                    publication=None if attempt else publication,
-                    only_queued=publication is not None and not attempt and not request.get("is_terminated"),
-                    was_sent=bool(request and request.delivery_info and not request.get("is_unsent")),
-                )
+        return self.app.patiently(
+            lambda: self.app.store.end(
+                job,
+                status,
+                failure,
+                attempt=attempt,
+                publication=None if attempt else publication,
+                only_queued=publication is not None and not attempt and not request.get("is_terminated"),
+                was_sent=bool(request and request.delivery_info and not request.get("is_unsent")),
             )
         )
 
@@ -302,7 +304,7 @@ def _following_up() -> Iterator[None]:
         follows_up.reset(token)
 
 
-def _results_of(signature: Any, app: Any) -> Iterator[tuple[str, Any]]:
+def _results_of(signature: Any, app: "MediaTasks") -> Iterator[tuple[str, Any]]:
     """The jobs whose results are those of a canvas, each with its id: the last step, the body, all members."""
     signature = maybe_signature(signature, app=app)
     if isinstance(signature, group):
@@ -318,7 +320,7 @@ def _results_of(signature: Any, app: Any) -> Iterator[tuple[str, Any]]:
         yield task_id, last
 
 
-def _job(app: Any, task_id: str, request: Any) -> NewJob:
+def _job(app: "MediaTasks", task_id: str, request: Any) -> NewJob:
     if request is None:
         return NewJob(job_id=task_id, task_type="unknown", queue="unknown", parameters={})
     task = app.tasks.get(getattr(request, "task", None) or "")

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import signals
 from celery.platforms import EX_OK
@@ -27,6 +27,10 @@ from celery.worker.control import control_command
 
 from tasks import request
 from tasks.descendants import kill_descendants
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
+    from tasks.worker import MediaWorker
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ class GracefulStop:
     reads the pipe and does the rest.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: "MediaWorker") -> None:
         self._worker: Final = worker
         self._pid: Final = os.getpid()
         self._read, self._write = os.pipe()
@@ -165,7 +169,7 @@ def _end_children() -> None:
             time.sleep(LOOK_EVERY_S / 10)
 
 
-def shield_child(app: Any) -> None:
+def shield_child(app: "MediaTasks") -> None:
     """In a pool child: ignore SIGTERM while it runs a job, and SIGHUP. A service manager, or a terminal that is closed,
     sends them to all processes of a worker, and only the main one decides whether a job may finish; it ends a child
     with SIGKILL.

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import bootsteps
 from kombu.exceptions import OperationalError
@@ -19,6 +19,9 @@ from db.records import Holder, now
 from tasks import request
 from tasks.mirror import Mirror
 from tasks.reconciler import Reconciler
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
-        self._app: Final = worker.app
+        self._app: Final[MediaTasks] = worker.app
         self._worker: Final = worker
         self._mirror: Final = Mirror(worker.app, worker)
         worker.upkeep = self
@@ -69,7 +72,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             thread.join(timeout=STOP_WITHIN_S)
         self._mirror.status = "stopped"
         self._mirror.say("stopped")
-        for leave in (lambda: self._app.store.leave_duty(DUTY, self._app.lease), self._app.leases.release):
+        for leave in (self._leave_duty, self._app.leases.release):
             try:
                 leave()
             except SQLAlchemyError as exc:
@@ -139,7 +142,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             self._reconciler.round()
         wait_s = self._dispatch()
         if self._reconciler.is_broker_away:
-            self._app.store.leave_duty(DUTY, self._app.lease)
+            self._leave_duty()
             return 2 * ROUND_S  # so that a worker which reaches the broker gets it
         return wait_s
 
@@ -152,13 +155,16 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def has_duty(self, name: str) -> bool:
         """Whether this worker has a duty; it takes one that nobody alive has."""
-        store, lease = self._app.store, self._app.lease
+        store, lease = self._app.store, self._app.leases.mine
         holder = store.duty_holder(name)
         if holder == lease:
             return True
         if holder is not None and self._reconciler.is_alive(holder):
             return False
-        return bool(store.take_duty(name, lease, after=holder))
+        return store.take_duty(name, lease, after=holder)
+
+    def _leave_duty(self) -> None:
+        self._app.store.leave_duty(DUTY, self._app.leases.mine)
 
     def _stop_cancelled(self) -> None:
         """End the processes of jobs that were cancelled while they ran."""
@@ -170,7 +176,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def _close_unclaimed(self) -> None:
         """Close attempts of this worker that nothing runs: their processes died while the database was away."""
-        me = Holder(self._app.lease, self._app.worker_id, "", now(), now())
+        me = Holder(self._app.leases.mine, self._app.worker_id, "", now(), now())
         running = {job.id for job in request.running()} | set(request.reserved())
         unclaimed = {
             (row["job_id"], row["attempt"]) for row in self._app.store.held_by(me) if row["job_id"] not in running

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from celery.apps.worker import Worker
@@ -15,13 +15,18 @@ from tasks.errors import MediaTasksError, SettingsError
 from tasks.settings import worker_name
 from tasks.stop import GracefulStop
 
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
+
 logger = logging.getLogger(__name__)
 
 
 class MediaWorker(Worker):
     """Serves `-Q`, else WORKER_SUPPORTED_TASKS, else every capability whose engines can be used here."""
 
-    def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
+    app: "MediaTasks"
+
+    def __init__(self, app: "MediaTasks | None" = None, hostname: str | None = None, **options: Any) -> None:
         app = app or self.app
         if not _is_given("loglevel"):
             options["loglevel"] = app.settings.log_level

@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, RowMapping, update
+from sqlalchemy import Connection, update
 
 from db import statements
 from db.models import task_queue, worker_leases
-from db.records import Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Status, now
+from db.records import Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Row, Status, now
 from db.statements import ACTIVE, RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
 from db.store.base import Part, failure_columns, log, log_failure, publication_at, standing_of, text
 
@@ -73,7 +73,7 @@ class Attempts(Part):
     def _take_over(
         self,
         connection: Connection,
-        standing: RowMapping,
+        standing: Row,
         bound: dict[str, Any],
         is_loss: bool,
         judge: Judge,
@@ -260,7 +260,7 @@ def _running(attempt: int, deaths: int, max_deaths: int, holder: str | None = No
     return Claim(decision, attempt=attempt, deaths=deaths, holder=holder)
 
 
-def _decision(standing: RowMapping, publication: int) -> Decision | None:
+def _decision(standing: Row, publication: int) -> Decision | None:
     """What a message of this publication is to a row that could not be claimed; None if it is the row's own."""
     status = Status(standing["status"])
     if status.is_terminal:

@@ -6,13 +6,13 @@ from datetime import datetime, timedelta
 from importlib import import_module
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, DateTime, RowMapping, Select, func, literal, select, type_coerce
+from sqlalchemy import Connection, DateTime, Select, func, literal, select, type_coerce
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import schema, statements
 from db.engine import Database
 from db.models import UTCDateTime, worker_leases
-from db.records import Failure, Holder, NewJob, Publication, now
+from db.records import Failure, Holder, NewJob, Publication, Row, now
 
 UNCONFIRMED_KEPT: Final = 1000
 
@@ -35,7 +35,7 @@ class Part:
         self._enqueue: Final = statements.enqueue(dialect)
         self._unconfirmed: Final[dict[tuple[str | int | None, ...], set[datetime]]] = {}
 
-    def _rows(self, statement: Select[Any], bound: Mapping[str, Any] | None = None) -> list[RowMapping]:
+    def _rows(self, statement: Select[Any], bound: Mapping[str, Any] | None = None) -> list[Row]:
         with self._reading() as connection:
             return list(connection.execute(statement, bound or {}).mappings())
 
@@ -100,7 +100,7 @@ class Part:
         return self._enqueue.execute(connection, bound) is not None
 
 
-def standing_of(connection: Connection, job_id: str) -> RowMapping | None:
+def standing_of(connection: Connection, job_id: str) -> Row | None:
     return connection.execute(statements.STANDING, {"b_job_id": job_id}).mappings().one_or_none()
 
 

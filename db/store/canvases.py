@@ -3,11 +3,11 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import RowMapping, select, update
+from sqlalchemy import select, update
 
 from db import statements
 from db.models import task_groups, task_queue
-from db.records import DUE, TOLD, ChordParts, now
+from db.records import DUE, TOLD, ChordParts, Row, now
 from db.statements import UNSUCCESSFUL, is_one_of, of_job
 from db.store.base import Part
 
@@ -80,7 +80,7 @@ class Canvases(Part):
             fired = select(task_groups.c.fired_at).where(task_groups.c.group_id == group_id)
             return connection.execute(fired).scalar() in earlier
 
-    def failed_member(self, group_id: str) -> RowMapping | None:
+    def failed_member(self, group_id: str) -> Row | None:
         """The member that failed or was cancelled first: the reason why its chord fails."""
         with self._reading() as connection:
             statement = (
@@ -99,7 +99,7 @@ class Canvases(Part):
             statement = update(task_queue).where(of_job, task_queue.c.sequel == DUE).values(sequel=TOLD)
             connection.execute(statement, {"b_job_id": job_id})
 
-    def unsettled(self, before: datetime, limit: int = 100) -> list[RowMapping]:
+    def unsettled(self, before: datetime, limit: int = 100) -> list[Row]:
         """Jobs that ended before this time, whose chords, chains and errbacks may not have heard of it."""
         statement = (
             select(task_queue)

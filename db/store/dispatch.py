@@ -4,10 +4,10 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy import RowMapping, func, select, type_coerce, update
+from sqlalchemy import func, select, type_coerce, update
 
 from db.models import UTCDateTime, task_queue
-from db.records import Status, now
+from db.records import Row, Status, now
 from db.statements import ACTIVE, RESTING, is_one_of, is_paused, of_job
 from db.store.base import Part, log
 
@@ -18,7 +18,7 @@ _IS_QUEUED: Final = _job.status == Status.QUEUED
 class Dispatch(Part):
     """A job rests while `published_at` is empty, and is due at `run_after_utc`."""
 
-    def take_due(self, limit: int) -> list[RowMapping]:
+    def take_due(self, limit: int) -> list[Row]:
         """The jobs that are due, higher priorities first, now marked as published: the caller sends their messages.
 
         If it dies before that, their messages count as lost. Those of paused queues go on resting.
@@ -56,7 +56,7 @@ class Dispatch(Part):
         with self._reading() as connection:
             return {queue: jobs for queue, jobs in connection.execute(statement)}  # noqa: C416 (dict() has no type here)
 
-    def published_in(self, queue: str, before: datetime, *, after_id: int = 0, limit: int = 1000) -> list[RowMapping]:
+    def published_in(self, queue: str, before: datetime, *, after_id: int = 0, limit: int = 1000) -> list[Row]:
         """Queued jobs of one queue that were published before this time, by id; `after_id` pages on."""
         columns = (_job.id, _job.job_id, _job.publication, _job.priority, _job.run_after_utc, _job.published_at)
         return self._rows(
@@ -92,11 +92,11 @@ class Dispatch(Part):
             log(connection, row.job_id, row.sequence, "republished", None, at, reason)
             return True
 
-    def expired(self, limit: int = 1000) -> list[RowMapping]:
+    def expired(self, limit: int = 1000) -> list[Row]:
         """Queued jobs whose time is over."""
         return self._rows(select(task_queue).where(_IS_QUEUED, _job.expires_at <= self._clock()).limit(limit))
 
-    def queued_in(self, queue: str, limit: int = 1000) -> Collection[RowMapping]:
+    def queued_in(self, queue: str, limit: int = 1000) -> Collection[Row]:
         """Queued jobs of one queue, whatever they wait for."""
         statement = select(task_queue).where(_job.queue == queue, _IS_QUEUED).order_by(_job.id).limit(limit)
         return self._rows(statement)

@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, RowMapping, delete, or_, select
+from sqlalchemy import ColumnElement, delete, or_, select
 
 from db.models import queue_pauses
-from db.records import now
+from db.records import Row, now
 from db.store.base import Part, text
 
 
@@ -25,7 +25,7 @@ class Pauses(Part):
         with self._changing() as connection:
             return connection.execute(delete(queue_pauses).where(queue_pauses.c.queue == queue)).rowcount == 1
 
-    def paused(self) -> list[RowMapping]:
+    def paused(self) -> list[Row]:
         """The pauses in force."""
         return self._rows(select(queue_pauses).where(_in_force()).order_by(queue_pauses.c.queue))
 

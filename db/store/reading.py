@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import RowMapping, Text, cast, func, select
+from sqlalchemy import Text, cast, func, select
 
 from db import statements
 from db.models import task_logs, task_queue
-from db.records import Status, now
+from db.records import Row, Status, now
 from db.statements import UNFINISHED, is_one_of
 from db.store.base import Part
 
@@ -18,14 +18,14 @@ LAST_CHARACTER: Final = chr(0x10FFFF)
 class Reading(Part):
     """Rows and counts."""
 
-    def job(self, job_id: str) -> RowMapping | None:
+    def job(self, job_id: str) -> Row | None:
         """The task_queue row of a job."""
         with self._reading() as connection:
             return connection.execute(statements.JOB, {"b_job_id": job_id}).mappings().one_or_none()
 
-    def jobs_by_id(self, job_ids: Sequence[str]) -> list[RowMapping]:
+    def jobs_by_id(self, job_ids: Sequence[str]) -> list[Row]:
         """The rows of several jobs, without order; ids that have none are missing."""
-        found: list[RowMapping] = []
+        found: list[Row] = []
         for start in range(0, len(job_ids), IDS_IN_ONE_QUERY):
             some = job_ids[start : start + IDS_IN_ONE_QUERY]
             found += self._rows(select(task_queue).where(task_queue.c.job_id.in_(some)))
@@ -33,7 +33,7 @@ class Reading(Part):
 
     def jobs(
         self, *, status: Status | None = None, task_type: str | None = None, id_prefix: str = "", limit: int = 50
-    ) -> list[RowMapping]:
+    ) -> list[Row]:
         """The newest rows first."""
         statement = select(task_queue).order_by(task_queue.c.id.desc()).limit(limit)
         if status is not None:
@@ -46,12 +46,12 @@ class Reading(Part):
             statement = statement.where(job_id >= id_prefix, job_id < id_prefix + LAST_CHARACTER)
         return self._rows(statement)
 
-    def holding(self, text: str) -> list[RowMapping]:
+    def holding(self, text: str) -> list[Row]:
         """Unfinished jobs whose messages hold a text, as that of a job holds the ids of the steps that follow it."""
         holds = cast(task_queue.c.message, Text).contains(text, autoescape=True)
         return self._rows(select(task_queue).where(is_one_of(UNFINISHED), holds).order_by(task_queue.c.id))
 
-    def logs(self, job_id: str) -> list[RowMapping]:
+    def logs(self, job_id: str) -> list[Row]:
         """A job's changes, in order."""
         return self._rows(select(task_logs).where(task_logs.c.job_id == job_id).order_by(task_logs.c.sequence))
 
@@ -79,7 +79,7 @@ class Reading(Part):
                 counts.setdefault(queue, {})[status] = jobs
         return counts
 
-    def overdue(self, by_s: float) -> list[RowMapping]:
+    def overdue(self, by_s: float) -> list[Row]:
         """Resting jobs, of queues that are not paused, that were due longer than so many seconds ago; oldest first.
 
         Returns: job_id, queue and run_after_utc of each.

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import RowMapping, Text, bindparam, case, cast, func, or_, select, text, update
+from sqlalchemy import Text, bindparam, case, cast, func, or_, select, text, update
 
 from db.models import duties, task_logs, task_queue, worker_leases
-from db.records import now
+from db.records import Row, now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part
 
@@ -115,9 +115,7 @@ class Relaying(Part):
         with self._reading() as connection:
             return connection.scalar(holder.where(duties.c.name == duty, is_silent))
 
-    def changes(
-        self, after: int, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int
-    ) -> list[RowMapping]:
+    def changes(self, after: int, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int) -> list[Row]:
         """Log rows after a position, and those that came to be seen in the `missing` ranges of ids, in order.
 
         Rows of workers have no job_id. `result` is the JSON text of a completed job's result; empty, with
@@ -164,6 +162,6 @@ class Relaying(Part):
         with self._reading() as connection:
             return frozenset(connection.execute(_WRITERS).scalars())
 
-    def rising(self) -> list[RowMapping]:
+    def rising(self) -> list[Row]:
         """The running jobs that have said how far they are."""
         return self._rows(_RISING)

@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import RowMapping, delete, exists, or_, select, update
+from sqlalchemy import delete, exists, or_, select, update
 
 from db.models import duties, task_queue, worker_heartbeats, worker_leases
-from db.records import Heartbeat, Holder, Status, now
+from db.records import Heartbeat, Holder, Row, Status, now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part, log, text
 
@@ -37,7 +37,7 @@ class Workers(Part):
         with self._changing() as connection:
             log(connection, None, 0, event, worker_id, now(), message, details)
 
-    def workers(self, *, heard_within_s: float | None = None) -> list[RowMapping]:
+    def workers(self, *, heard_within_s: float | None = None) -> list[Row]:
         """The worker_heartbeats rows; only those alive if `heard_within_s` is given."""
         statement = select(worker_heartbeats).order_by(worker_heartbeats.c.worker_id)
         if heard_within_s is not None:
@@ -73,14 +73,14 @@ class Workers(Part):
         with self._reading() as connection:
             return self._holders(connection, *where)
 
-    def held_by(self, holder: Holder) -> list[RowMapping]:
+    def held_by(self, holder: Holder) -> list[Row]:
         """The rows whose running attempt this lease holds."""
         c = task_queue.c
         return self._rows(
             select(task_queue).where(c.claimed_by == holder.worker_id, is_one_of(ACTIVE), c.lease == holder.lease)
         )
 
-    def cancelled_under(self, holder: Holder) -> list[RowMapping]:
+    def cancelled_under(self, holder: Holder) -> list[Row]:
         """The rows that were cancelled while this lease held their attempt."""
         c = task_queue.c
         is_cancelled = c.status == Status.CANCELLED

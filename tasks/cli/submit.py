@@ -240,7 +240,7 @@ def _wait(task: "Job", result: "AsyncResult", timeout_s: float | None) -> None:
     except KeyboardInterrupt:
         raise click.ClickException(f"no longer waiting; {result.id} goes on: {look}") from None
     row = task.app.store.job(result.id)
-    if row["status"] != Status.COMPLETED:
+    if row is not None and row["status"] != Status.COMPLETED:
         raise click.ClickException(
             f"{result.id} {row['status']}: {row['error_type']}: {printable(row['error_message'])}"
         )
