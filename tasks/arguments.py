@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_type_hints
 
-from celery.utils.time import maybe_iso8601
-
 from tasks.errors import InvalidArguments, PathNotAllowed
+from tasks.values import HIGHEST, LONGEST_NAME, LONGEST_S, is_limit, is_name, is_number, is_whole, moment_of
 
 _PATH: Final = "path"
 _POSITIONAL: Final = (
@@ -34,8 +33,6 @@ OutputPath = Annotated[str, _PATH, "output"]
 """A file or directory to write."""
 MAPS: Final = ("celery.map", "celery.starmap", "celery.chunks")
 """Tasks that call another one many times in one message. No worker serves them: no row of theirs could tell how far."""
-LONGEST_S: Final = 100 * 365 * 86400
-LONGEST_NAME: Final = 255
 _CANVAS: Final = ("chain", "chord", "link", "link_error")
 _SECONDS: Final = f"a number of seconds, such as 60 ({LONGEST_S:,} at most)"
 _TIME: Final = "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"
@@ -227,7 +224,7 @@ def due(name: str, options: Mapping[str, Any]) -> datetime | None:
     """When it may run; None for at once: whatever is due later rests in its row, not in a worker's memory."""
     eta = options.get("eta")
     moment = (
-        _moment(name, "eta", eta, f"{_TIME} (countdown takes seconds)")
+        _time(name, "eta", eta, f"{_TIME} (countdown takes seconds)")
         if eta is not None
         else _after(name, "countdown", options.get("countdown"), f"{_SECONDS}, from now")
     )
@@ -237,7 +234,7 @@ def due(name: str, options: Mapping[str, Any]) -> datetime | None:
 def expiry(name: str, options: Mapping[str, Any]) -> datetime | None:
     """When it is no longer worth running."""
     expires = options.get("expires")
-    read = _moment if isinstance(expires, (str, datetime)) else _after
+    read = _time if isinstance(expires, (str, datetime)) else _after
     return read(name, "expires", expires, f"{_SECONDS}, from now, or {_TIME}")
 
 
@@ -245,40 +242,20 @@ def refused(name: str, option: str, value: Any, takes: str) -> InvalidArguments:
     return InvalidArguments(f"{name}: {option}={value!r:.80} must be {takes}")
 
 
-def _moment(name: str, option: str, value: Any, takes: str) -> datetime:
-    """A time in UTC, from a datetime or from text; one without a zone is UTC."""
-    moment: Any = value
-    with suppress(ValueError, OverflowError):
-        moment = maybe_iso8601(value) if isinstance(value, str) else value
-    if not isinstance(moment, datetime):
+def _time(name: str, option: str, value: Any, takes: str) -> datetime:
+    """A time in UTC, from a datetime or from text."""
+    if (moment := moment_of(value)) is None:
         raise refused(name, option, value, takes)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment
 
 
 def _after(name: str, option: str, value: Any, takes: str) -> datetime | None:
     """A time in UTC, from seconds from now."""
     if value is None:
         return None
-    if not (_is_number(value) and -LONGEST_S <= value <= LONGEST_S):
+    if not (is_number(value) and -LONGEST_S <= value <= LONGEST_S):
         raise refused(name, option, value, takes)
     return datetime.now(UTC) + timedelta(seconds=value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_limit(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= LONGEST_S
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def is_name(value: Any) -> bool:
-    """Whether an id or a name can stand in a row, and in a log."""
-    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_NAME
 
 
 def _are_signatures(value: Any) -> bool:
@@ -288,10 +265,10 @@ def _are_signatures(value: Any) -> bool:
 
 _USABLE: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "task_id": (is_name, f"a printable text of 1 to {LONGEST_NAME} characters"),
-    "time_limit": (_is_limit, _SECONDS),
-    "soft_time_limit": (_is_limit, _SECONDS),
-    "unique_for": (_is_number, _SECONDS),
-    "retries": (_is_count, "a whole number from 0"),
+    "time_limit": (is_limit, _SECONDS),
+    "soft_time_limit": (is_limit, _SECONDS),
+    "unique_for": (is_number, _SECONDS),
+    "retries": (is_whole, f"a whole number from 0 to {HIGHEST:,}"),
     "serializer": (lambda value: value == "json", "'json', which is all that workers accept"),
     "headers": (lambda value: isinstance(value, Mapping), "a dict"),
     "link": (_are_signatures, _SIGNATURE),

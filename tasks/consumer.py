@@ -8,23 +8,21 @@ some such messages: of one without an id, say, again and again, since it is rede
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.task import Context
 from celery.concurrency.asynpool import AsynPool
 from celery.platforms import EX_FAILURE
-from celery.utils.time import maybe_iso8601
 from celery.worker.consumer import Consumer
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.records import Status, now
 from tasks import capabilities
-from tasks.arguments import LONGEST_S, is_name
 from tasks.broker.errors import BrokerUnusable
 from tasks.errors import PermanentError, UnknownTask
 from tasks.job import Job
 from tasks.rows import job_of_request
+from tasks.values import HIGHEST, LONGEST_S, is_limit, is_name, is_whole, moment_of
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -33,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _TEXTS: Final = ("root_id", "parent_id", "group")
 _LEAST: Final = {"publication": 1, "retries": 0, "group_index": 0}
-_BELOW: Final = 2**31  # what an integer column of PostgreSQL has room for
 
 
 class MalformedMessage(PermanentError):
@@ -97,8 +94,8 @@ class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
         if not eta or not isinstance(task, Job) or not self.app.is_recorded(task.name):
             return False
         try:
-            due = maybe_iso8601(eta)
-            if due <= now():
+            due = moment_of(eta)
+            if due is None or due <= now():
                 return False
             request = _request_of(message)
             job = job_of_request(task, request, request.args, request.kwargs)
@@ -183,43 +180,24 @@ def fault_in_fields(fields: Mapping[str, Any]) -> str | None:
     if not _are_stamps(fields.get("stamped_headers"), fields.get("stamps")):
         return "its fields 'stamped_headers' and 'stamps' are no list of names and their values"
     for name, least in _LEAST.items():
-        if not _is_whole(fields.get(name), least):
-            return f"its field {name!r} is no whole number from {least} to {_BELOW - 1:,}"
+        if (value := fields.get(name)) is not None and not is_whole(value, least):
+            return f"its field {name!r} is no whole number from {least} to {HIGHEST:,}"
     if not _are_limits(fields.get("timelimit")):
         return f"its field 'timelimit' is no pair of seconds (0 to {LONGEST_S:,}, or null)"
     for name in ("eta", "expires"):
-        if not _is_time(fields.get(name)):
+        if (value := fields.get(name)) is not None and moment_of(value) is None:
             return f"its field {name!r} is no time"
     return None
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value < _BELOW)
-
-
 def _are_limits(value: Any) -> bool:
-    return not value or (isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_limit, value)))
-
-
-def _is_limit(value: Any) -> bool:
-    """A pool that is given another one watches over none of its time limits any more."""
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LONGEST_S)
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return not value or (is_pair and all(limit is None or is_limit(limit) for limit in value))
 
 
 def _are_stamps(names: Any, stamps: Any) -> bool:
     are_names = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     return not names or (are_names and isinstance(stamps or {}, Mapping))
-
-
-def _is_time(value: Any) -> bool:
-    """Whether it can be told in UTC, as near the years 1 and 9999 not every time can; without a zone it is in UTC."""
-    if value is None:
-        return True
-    try:
-        moment = maybe_iso8601(value)  # None for an empty text
-        return moment.tzinfo is None or bool(moment.astimezone(UTC))
-    except (AttributeError, OverflowError, TypeError, ValueError):
-        return False
 
 
 def _request_of(message: Any) -> Context:
@@ -238,8 +216,9 @@ def _request_of(message: Any) -> Context:
     for name in ("id", "task"):
         known[name] = fields.get(name) if is_name(fields.get(name)) else None
     known |= {"task": known["task"] or "unknown", "publication": 1}
-    usable = {name: _is_whole(fields.get(name), least) for name, least in _LEAST.items()}
-    usable |= {"timelimit": _are_limits(fields.get("timelimit")), "expires": _is_time(fields.get("expires"))}
+    usable = {name: is_whole(fields.get(name), least) for name, least in _LEAST.items()}
+    usable["timelimit"] = _are_limits(fields.get("timelimit"))
+    usable["expires"] = moment_of(fields.get("expires")) is not None
     usable |= {name: is_name(fields.get(name)) for name in _TEXTS}
     usable["ignore_result"] = isinstance(fields.get("ignore_result"), bool)
     known |= {name: fields[name] for name, is_usable in usable.items() if is_usable and fields.get(name) is not None}

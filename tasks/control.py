@@ -22,6 +22,7 @@ from db.records import Row, Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
 from tasks.rows import message_of_row, request_of_row, unsent
+from tasks.values import is_number
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -207,7 +208,7 @@ def pause(queue: str, reason: str = "", *, for_s: float | None = None, app: "Med
     """
     app = app or _app()
     queue_named(queue, app=app)
-    if for_s is not None and not (type(for_s) in (int, float) and 0 < for_s <= LONGEST_PAUSE_S):
+    if for_s is not None and not (is_number(for_s) and 0 < for_s <= LONGEST_PAUSE_S):
         raise InvalidArguments(f"for_s={for_s!r}: give seconds above 0 (ten years at most), or leave it out")
     app.store.pause(queue, reason=reason, until=now() + timedelta(seconds=for_s) if for_s is not None else None)
 

@@ -23,12 +23,13 @@ from kombu.utils.url import maybe_sanitize_url
 
 from db.records import PENDING, NewJob, Publication, Status, now
 from tasks import capabilities
-from tasks.arguments import LONGEST_NAME, LONGEST_S, check_options, due, expiry, is_name, refused
+from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
 from tasks.remedy import is_transient
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
+from tasks.values import LONGEST_NAME, LONGEST_S, is_name
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks

@@ -24,9 +24,9 @@ from db import statements
 from db.prepared import DriverStatement
 from db.records import NewJob, now
 from db.statements import LOG, log_row
-from tasks.arguments import is_name
 from tasks.enqueue import new_job
 from tasks.errors import InvalidArguments
+from tasks.values import is_name
 
 if TYPE_CHECKING:
     from db.store import Store

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from traceback import format_exception
 from typing import Any, Final
 
@@ -11,12 +10,12 @@ from celery import states
 from celery.app.task import Context
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.functional import maybe_list
-from celery.utils.time import maybe_iso8601
 from kombu.utils.json import dumps
 
 from db.records import PENDING, Failure, NewJob, Status
 from tasks.arguments import named
 from tasks.errors import InvalidArguments, PermanentError
+from tasks.values import moment_of
 
 PRIORITY_DEFAULT: Final = 5
 PRIORITIES: Final = range(1, 11)
@@ -63,7 +62,7 @@ def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]
         priority=_priority(task, delivery.get("priority")),
         max_retries=getattr(task, "max_retries", None),
         retry_count=request.retries or 0,
-        expires_at=_moment(request.expires),
+        expires_at=moment_of(request.expires),
         root_id=request.root_id,
         parent_id=request.parent_id,
         group_id=request.group,
@@ -85,15 +84,6 @@ def _priority(task: Any, on_the_wire: Any) -> int:
         return PRIORITY_DEFAULT
     priority = app.wire_priority(on_the_wire)  # its own inverse
     return priority if priority in PRIORITIES else PRIORITY_DEFAULT
-
-
-def _moment(value: Any) -> datetime | None:
-    """A header's time, if it is one."""
-    with suppress(ValueError, TypeError):
-        moment = maybe_iso8601(value) if isinstance(value, str) else value
-        if isinstance(moment, datetime):
-            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return None
 
 
 def json_fault(value: Any) -> str | None:

@@ -1,43 +1,27 @@
 """`celery -A tasks mqtt replay`: events that somebody missed, from the log, in the payloads that the relay told."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import click
 
-from tasks.cli.app import ParamType, with_app
+from tasks.cli.app import with_app
 from tasks.cli.ids import job_row
 from tasks.cli.mqtt_connection import Connection
 from tasks.cli.mqtt_events import event_line
 from tasks.cli.text import counted, remark
+from tasks.cli.times import Since
 
 PAGE: Final = 500
 # Ids follow the times of their rows, but for transactions that take long.
 LONGEST_TRANSACTION: Final = timedelta(minutes=1)
-IN_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-class _Since(ParamType):
-    """A time: ISO text (local, unless it says its zone), or how long ago."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        text = str(value).strip()
-        try:
-            if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", text.lower(), re.ASCII):
-                return datetime.now(UTC) - timedelta(seconds=float(match[1]) * IN_SECONDS[match[2]])
-            return datetime.fromisoformat(text).astimezone(UTC)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no time such as 10m, 2h, 1d or 2026-03-01T14:30", param, ctx)
 
 
 @click.command("replay")
 @click.option("--job", "job_id", metavar="ID", help="All events of this job.")
-@click.option("--since", type=_Since(), help="All events of all jobs since then: 10m, 2h, 1d, or 2026-03-01T14:30.")
+@click.option("--since", type=Since(), help="All events of all jobs since then: 10m, 2h, 1d, or 2026-03-01T14:30.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line: the payloads.")
 @click.option("--publish", "is_published", is_flag=True, help="Also publish them again to MQTT_TOPIC.")
 @with_app

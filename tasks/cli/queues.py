@@ -1,6 +1,5 @@
 """`celery -A tasks queues list | pause | resume | purge`: what waits in a queue, who serves it, and whether it may."""
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,27 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.cli.app import ParamType, with_app
+from tasks.cli.app import with_app
 from tasks.cli.text import clock, console_for, counted, cut, echo_json, line, table_for
+from tasks.cli.times import Duration
 
 if TYPE_CHECKING:
     from tasks.control import Queue
-
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-LONGEST_DAYS = 3650
-
-
-class _Duration(ParamType):
-    """Seconds, from a number and a unit."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd]?)", str(value).strip().lower(), re.ASCII)
-        seconds = float(match[1]) * SECONDS[match[2]] if match else 0.0
-        if not 0 < seconds <= LONGEST_DAYS * SECONDS["d"]:
-            self.fail(f"{value!r} is no duration such as 90, 90s, 10m, 2h or 1d, up to {LONGEST_DAYS}d", param, ctx)
-        return seconds
 
 
 @click.group()
@@ -54,7 +38,7 @@ def list_queues(app: Any, ctx: click.Context, is_json: bool) -> None:
 @queues.command("pause")
 @click.argument("queue")
 @click.option("--reason", default="", help="Shown wherever somebody asks why jobs wait.")
-@click.option("--for", "for_s", type=_Duration(), help="90, 90s, 10m, 2h, 1d. Without it: until `queues resume`.")
+@click.option("--for", "for_s", type=Duration(), help="90, 90s, 10m, 2h, 1d. Without it: until `queues resume`.")
 @with_app
 def pause_queue(app: Any, queue: str, reason: str, for_s: float | None) -> None:
     """Have no worker take jobs from QUEUE; running jobs go on. A pause outlives workers and restarts."""
