@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tasks.brokers import EMBEDDED, REDIS
 from tasks.settings import VISIBILITY_TIMEOUT_S, settings
 
 _settings = settings()
@@ -47,13 +48,13 @@ enable_utc = True
 
 
 def _transport_options() -> dict[str, Any]:
-    scheme = _settings.broker_url.split(":", 1)[0]
-    if scheme == "sqlite":
+    kind = _settings.broker_kind
+    if kind is EMBEDDED:
         return {
             "queue_strategy": dict(_settings.queue_strategy),
             "poll_interval": _settings.worker_poll_interval_s,
         }
-    if scheme in ("redis", "rediss"):
+    if kind is REDIS:
         # Ten lists a queue, 0 served first; the visibility timeout must be longer than the longest job.
         return {
             "priority_steps": list(range(10)),

@@ -19,6 +19,7 @@ from kombu.utils.uuid import uuid
 import tasks.broker
 from tasks import capabilities
 from tasks.arguments import MAPS
+from tasks.brokers import REDIS
 from tasks.errors import SettingsError
 from tasks.settings import Settings, settings
 
@@ -196,7 +197,7 @@ class MediaTasks(Celery):
 
     def wire_priority(self, priority: int) -> int:
         """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first."""
-        return 10 - priority if self.settings.broker_url.startswith("redis") else priority
+        return 10 - priority if self.settings.broker_kind.is_lowest_first else priority
 
     def live_workers(self) -> "list[Row]":
         """The heartbeat rows of workers heard of within LEASE_TIMEOUT_S."""
@@ -267,7 +268,7 @@ def on_worker_process_init(**_: Any) -> None:
 
 
 tasks.broker.register()
-TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "tasks.redis_transport:Transport"))
+TRANSPORT_ALIASES.update(dict.fromkeys(REDIS.schemes, "tasks.redis_transport:Transport"))
 TRANSPORT_ALIASES.update(dict.fromkeys(("amqp", "pyamqp"), "tasks.amqp_transport:Transport"))
 TRANSPORT_ALIASES["amqps"] = "tasks.amqp_transport:SSLTransport"
 app = MediaTasks("media_tasks", set_as_current=False, config_source=CONFIGURATION)

@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S: Final = 0.5
 # A database that takes longer than this to answer has kept a job from its work.
 OUTAGE_S: Final = 1.0
-# Redis hands a message to anyone once its visibility timeout is over, whether its holder lives or not.
-_REDELIVERED_AFTER_LOSS_ONLY: Final = ("sqlite", "amqp", "pyamqp", "amqps")
 
 follows_up: Final[ContextVar[bool]] = ContextVar("follows_up", default=False)
 """Whether what is submitted follows from the end of another job, and so may be submitted twice."""
@@ -309,7 +307,7 @@ class Job(Task):
                 publication=self._eager_publication() if request.is_eager else request.get("publication") or 1,
                 worker_id=app.worker_id,
                 lease=None if request.is_eager else app.lease,
-                is_loss=redelivered and app.settings.broker_url.startswith(_REDELIVERED_AFTER_LOSS_ONLY),
+                is_loss=redelivered and app.settings.broker_kind.is_redelivery_a_loss,
                 judge=app.leases.judge,
                 max_deaths=app.settings.max_deaths,
             )

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
 
+from tasks.brokers import SCHEMES, BrokerKind, broker_kind
 from tasks.errors import SettingsError
 from tasks.mqtt_values import host_fault, secret_fault, topic_fault
 
@@ -82,6 +83,11 @@ class Settings:
     mqtt_client_cert: str | None
     mqtt_client_key: str | None
 
+    @property
+    def broker_kind(self) -> BrokerKind:
+        """What is particular to the broker at `broker_url`."""
+        return broker_kind(self.broker_url)
+
 
 @cache
 def settings() -> Settings:
@@ -107,10 +113,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     broker_url = read.url(
         "CELERY_BROKER_URL",
         f"sqlite:///{server_dir / 'broker.db'}",
-        ("sqlite", "amqp", "amqps", "pyamqp", "redis", "rediss", "memory"),
+        SCHEMES,
     )
     queue_strategy = read.strategies("QUEUE_STRATEGY")
-    if not broker_url.startswith("sqlite") and set(queue_strategy.values()) != {"PRIORITY"}:
+    if not broker_kind(broker_url).has_strategies and set(queue_strategy.values()) != {"PRIORITY"}:
         raise SettingsError(
             "QUEUE_STRATEGY: RabbitMQ and Redis only know PRIORITY; unset it, or use the embedded broker "
             "(unset CELERY_BROKER_URL)"
