@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task
@@ -19,7 +18,7 @@ from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 
-from db.records import Decision, NewJob, Status
+from db.records import Closed, Decision, NewJob, Row, Status
 from tasks import remedy
 from tasks.arguments import Arguments, named
 from tasks.errors import (
@@ -31,8 +30,8 @@ from tasks.errors import (
     PermanentError,
     WorkerLost,
 )
-from tasks.leftovers import remove_temp_files
-from tasks.rows import job_of_request, parameters_of
+from tasks.leftovers import remove_temp_files, remove_temp_files_of_row, token_of
+from tasks.rows import job_of_request, parameters_of, request_of_row
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -316,7 +315,7 @@ class Job(Task):
             request.attempt = claim.attempt
             request.claimed_at = time.monotonic()
             if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
-                remove_temp_files(self, (args, kwargs), token_of(request.id, "*"))
+                remove_temp_files(self, (args, kwargs), request.id)
         if claim.decision is Decision.POISON:
             raise poisoned(claim.deaths, app.settings.max_deaths)
         if claim.decision is Decision.COMPLETED and request.chord:
@@ -328,13 +327,26 @@ class Job(Task):
             raise Ignore(claim.decision.value)
 
 
-def token_of(job_id: str, attempt: int | str) -> str:
-    """Names the temp files of an attempt; `*` stands for all attempts."""
-    return f"{sha256(job_id.encode(errors='backslashreplace')).hexdigest()[:24]}.{attempt}"
-
-
 def poisoned(deaths: int, max_deaths: int) -> WorkerLost:
     """The error of a job that was running whenever its workers died."""
     return WorkerLost(
         f"{deaths} workers died while running this job (MAX_DEATHS={max_deaths}); look at its input, then replay it"
     )
+
+
+def close_attempt(app: "MediaTasks", row: Row, reason: str, *, is_death: bool = True) -> Closed | None:
+    """End the attempt that a row stands at, since its process is gone, or is about to be: its temp files are removed,
+    and the job rests until it is published anew; after one death too many it fails.
+
+    None, and nothing of the row is changed, if that attempt runs no more: so a second call does no harm. A process that
+    dies in between leaves a job that rests, and that the next claim fails.
+    """
+    event = "lost" if is_death else "released"
+    closed = app.store.close(row["job_id"], row["attempt"], event=event, reason=reason, is_death=is_death)
+    remove_temp_files_of_row(app, row)
+    max_deaths = app.settings.max_deaths
+    if closed is not None and is_death and closed.deaths >= max_deaths:
+        error = poisoned(closed.deaths, max_deaths)
+        logger.error("%s[%s]: %s", row["task_type"], row["job_id"], error)
+        app.backend.mark_as_failure(row["job_id"], error, request=request_of_row(row, publication=closed.publication))
+    return closed

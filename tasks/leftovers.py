@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,28 @@ if TYPE_CHECKING:
     from tasks.celery import MediaTasks
 
 
-def remove_temp_files(task: Any, called_with: tuple[Any, Any], token: str) -> int:
-    """Remove the temp files with this token (`job.attempt`; `job.*` for all attempts) of a job that was called so."""
-    args, kwargs = called_with
-    return sum(_remove(directory, token) for directory in _directories(task.arguments.by_name(args, kwargs), task))
+def token_of(job_id: str, attempt: int | str) -> str:
+    """Names the temp files of an attempt; `*` stands for all attempts."""
+    return f"{sha256(job_id.encode(errors='backslashreplace')).hexdigest()[:24]}.{attempt}"
 
 
-def remove_temp_files_of_row(app: "MediaTasks", row: Mapping[str, Any], token: str) -> int:
-    """The same for a job's row; nothing if its task is not known here."""
+def remove_temp_files(task: Any, called_with: tuple[Any, Any], job_id: str, attempt: int | None = None) -> int:
+    """Remove the temp files of a job that was called with these args and kwargs: an attempt's, or those of all; how
+    many there were.
+    """
+    return _remove_all(task, task.arguments.by_name(*called_with), token_of(job_id, attempt or "*"))
+
+
+def remove_temp_files_of_row(app: "MediaTasks", row: Mapping[str, Any]) -> int:
+    """Remove those of the attempt that a row stands at; none if the row's task is not known here."""
     task = app.tasks.get(row["task_type"])
     if task is None or not hasattr(task, "arguments"):
         return 0
-    return sum(_remove(directory, token) for directory in _directories(row["parameters"], task))
+    return _remove_all(task, row["parameters"], token_of(row["job_id"], row["attempt"]))
+
+
+def _remove_all(task: Any, parameters: Mapping[str, Any], token: str) -> int:
+    return sum(_remove(directory, token) for directory in _directories(parameters, task))
 
 
 def _directories(parameters: Mapping[str, Any], task: Any) -> set[Path]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from db.records import Holder, Liveness, Row, now
 from tasks import outgoing
 from tasks.broker.ledger import Ledger, ledger_of
-from tasks.job import poisoned, token_of
+from tasks.job import close_attempt
 from tasks.leftovers import remove_temp_files_of_row
 from tasks.rows import request_of_row
 
@@ -95,7 +95,9 @@ class Reconciler:
                 continue
             for row in self._store.held_by(holder):
                 text = f"its worker {holder.worker_id} is dead; attempt {row['attempt']} is closed"
-                yield Finding("dead holders", row["job_id"], text, partial(self._close, row))
+                yield Finding(
+                    "dead holders", row["job_id"], text, partial(close_attempt, self._app, row, "its worker died")
+                )
             yield Finding("dead holders", holder.worker_id, "the worker is dead", partial(self._forget, holder))
 
     def untold_ends(self) -> Iterator[Finding]:
@@ -158,17 +160,9 @@ class Reconciler:
         steady_s = time.monotonic() - self._steady_since
         return leases.is_let_go(holder) or steady_s >= self._app.settings.lease_timeout_s
 
-    def _close(self, row: Mapping[str, Any]) -> None:
-        closed = self._store.close(row["job_id"], row["attempt"], reason="its worker died")
-        remove_temp_files_of_row(self._app, row, token_of(row["job_id"], row["attempt"]))
-        max_deaths = self._app.settings.max_deaths
-        if closed is not None and closed.deaths >= max_deaths:
-            request = request_of_row(row, publication=closed.publication)
-            self._app.backend.mark_as_failure(row["job_id"], poisoned(closed.deaths, max_deaths), request=request)
-
     def _forget(self, holder: Holder) -> None:
         for row in self._store.cancelled_under(holder):  # who was to end them has died before it did
-            remove_temp_files_of_row(self._app, row, token_of(row["job_id"], row["attempt"]))
+            remove_temp_files_of_row(self._app, row)
         self._store.worker_lost(holder.worker_id, holder.lease)
         self._store.forget_lease(holder.lease)
 

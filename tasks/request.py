@@ -26,7 +26,7 @@ from db.records import Closed, Row, Status, now
 from tasks import remedy
 from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
-from tasks.job import OUTAGE_S, Job, poisoned, token_of
+from tasks.job import OUTAGE_S, Job, close_attempt
 from tasks.leftovers import remove_temp_files
 from tasks.rows import describe
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_GONE: Final = (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)
 spared: Final[set[str]] = set()
 """Jobs whose processes were ended by no fault of theirs, and whose attempts could not be closed at once."""
 
@@ -91,25 +92,24 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         if self.is_job and isinstance(exc, TimeLimitExceeded):
             self._end_at_hard_limit(exc.args[0])
             return None
-        is_gone = isinstance(exc, (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt))
-        if self.is_job and is_gone:
-            remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
-        if not self.is_job or not is_gone or isinstance(exc, Terminated):
+        if not (self.is_job and isinstance(exc, _GONE)):
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+        self._remove_temp_files()
+        if isinstance(exc, Terminated):
             return super().on_failure(exc_info, send_failed_event, return_ok)
         state.task_ready(self)
-        if self._already_revoked or self._already_cancelled or self.is_given_back:
-            return None
+        if not (self._already_revoked or self._already_cancelled or self.is_given_back):
+            self._end_lost()
+        return None
+
+    def _end_lost(self) -> None:
+        """Its process died: the attempt is closed, and the message settled."""
         closed = self._close("its process died")
         if closed is not None and closed.deaths >= self.app.settings.max_deaths:
-            self._context.publication = closed.publication
-            error = poisoned(closed.deaths, self.app.settings.max_deaths)
-            logger.error("%s[%s]: %s", self.name, self.id, error)
-            self.task.backend.mark_as_failure(self.id, error, request=self._context)
             self.acknowledge()
         else:
             logger.warning("%s[%s]: its process died; it runs again", self.name, self.id)
             self.reject(requeue=closed is None)  # closed, it is published anew: this message may be settled already
-        return None
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The hard limit: the child is killed; the job fails, or is tried again where its task says so."""
@@ -133,12 +133,12 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._kill_child()
         if not had_its_time:
             logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
-            closed = self._close("the database did not answer", event="released", is_death=False)
+            closed = self._close("the database did not answer", is_death=False)
             if closed is None:
                 spared.add(self.id)
             self.reject(requeue=closed is None)
             return
-        remove_temp_files(self.task, self._payload[:2], token_of(self.id, "*"))
+        self._remove_temp_files()
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
         logger.error("%s[%s]: %s", self.name, self.id, error)
         if not (self.task.retry_on_timeout and self._retry(error)):
@@ -178,7 +178,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self.is_given_back = True
         self._kill_what_it_started()
         if self.is_job:
-            self._close(reason, event="released", is_death=False)
+            self._close(reason, is_death=False)
         self._kill_child()
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
@@ -215,13 +215,15 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             with suppress(ProcessLookupError):
                 os.kill(self.worker_pid, SIGKILL)
 
-    def _close(self, reason: str, *, event: str = "lost", is_death: bool = True) -> Closed | None:
-        store = self.app.store
+    def _remove_temp_files(self) -> None:
+        """Those of all attempts: which one this was, only the database knows."""
+        remove_temp_files(self.task, self._payload[:2], self.id)
+
+    def _close(self, reason: str, *, is_death: bool = True) -> Closed | None:
+        """End the attempt; None if it is no longer this worker's, or if the database leaves that to the upkeep."""
         try:
             row = self._own_row()
-            if row is None:
-                return None
-            return store.close(self.id, row["attempt"], event=event, reason=reason, is_death=is_death)
+            return None if row is None else close_attempt(self.app, row, reason, is_death=is_death)
         except SQLAlchemyError as exc:
             logger.warning("%s[%s] is closed later: %s", self.name, self.id, exc)
             return None

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db.records import Holder, now
 from tasks import request
+from tasks.job import close_attempt
 from tasks.mirror import Mirror
 from tasks.reconciler import Reconciler
 
@@ -179,14 +180,13 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         me = Holder(self._app.leases.mine, self._app.worker_id, "", now(), now())
         running = {job.id for job in request.running()} | set(request.reserved())
         unclaimed = {
-            (row["job_id"], row["attempt"]) for row in self._app.store.held_by(me) if row["job_id"] not in running
+            (row["job_id"], row["attempt"]): row for row in self._app.store.held_by(me) if row["job_id"] not in running
         }
-        for job_id, attempt in unclaimed & self._unclaimed:
+        for job_id, attempt in unclaimed.keys() & self._unclaimed:
             reason, is_death = "its process died, and nothing runs it any more", job_id not in request.spared
-            event = "lost" if is_death else "released"
-            self._app.store.close(job_id, attempt, event=event, reason=reason, is_death=is_death)
+            close_attempt(self._app, unclaimed[job_id, attempt], reason, is_death=is_death)
             request.spared.discard(job_id)
-        self._unclaimed = unclaimed
+        self._unclaimed = set(unclaimed)
 
     def _keep_pauses(self) -> None:
         """Stop to take from queues that are paused, begin again with those that no longer are."""

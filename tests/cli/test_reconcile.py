@@ -12,7 +12,7 @@ from paho.mqtt.client import MQTTv5
 
 from db.records import Status, now
 from tasks.errors import CorruptMedia
-from tasks.job import token_of
+from tasks.leftovers import token_of
 from tasks.rows import describe
 from tests.acceptance.deployment import deployed
 from tests.tooling.waiting import eventually

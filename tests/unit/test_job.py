@@ -10,7 +10,7 @@ from db.errors import DatabaseUnavailable
 from db.records import Failure, Liveness, Status, now
 from tasks import remedy
 from tasks.errors import AttemptLost
-from tasks.job import token_of
+from tasks.leftovers import token_of
 from tests.unit.jobs import Clock, change, claim, claimed_by, messages, new_job, run, silent_for
 
 FAILURE = Failure(error_type="E", error_message="m")

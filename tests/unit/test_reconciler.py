@@ -8,7 +8,7 @@ from celery import chain, chord
 from db.records import Status, now
 from tasks import control
 from tasks.errors import CorruptMedia
-from tasks.job import token_of
+from tasks.leftovers import token_of
 from tasks.rows import describe
 from tests.unit.jobs import (
     beat_of,

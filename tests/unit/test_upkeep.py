@@ -1,4 +1,4 @@
-"""Duties: of all workers that live one has each, and it passes on when that one is gone."""
+"""Duties: of all workers that live one has each, and it passes on when that one is gone. Attempts that nothing runs."""
 
 import threading
 from datetime import timedelta
@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from db.records import now
+from tasks import request
 from tasks.leases import Leases
+from tasks.leftovers import token_of
 from tasks.reconciler import Reconciler
 from tasks.upkeep import DUTY, Upkeep
-from tests.unit.jobs import ELSEWHERE, claimed_by, silent_for
+from tests.unit.jobs import ELSEWHERE, change, claimed_by, new_job, silent_for
 
 STOPPED_FOR_S = 61
 
@@ -155,3 +157,72 @@ def test_after_the_machine_slept_or_its_clock_was_set_silence_counts_anew(
     clock.pass_s(5)
     first.keep_house()
     assert producer.row(job)["status"] == "queued"
+
+
+# Attempts that nothing runs
+
+
+@pytest.fixture
+def upkeep(app):
+    """The upkeep of this process, which holds a lease and runs nothing."""
+    app.leases.take()
+    upkeep = Upkeep(SimpleNamespace(app=app))
+    upkeep._unclaimed = set()
+    return upkeep
+
+
+def claimed_here(app, job):
+    row = app.store.job(job.id)
+    values = {"publication": row["publication"], "worker_id": app.worker_id, "lease": app.lease, "is_loss": False}
+    return app.store.claim(new_job(job.id), job_id=job.id, judge=None, max_deaths=3, **values).attempt
+
+
+def half_written(folder, job, attempt):
+    path = folder / f".media-tasks-{token_of(job.id, attempt)}-abc.part"
+    path.touch()
+    return path
+
+
+def resize(producer, folder):
+    return producer.task.image_resize.delay(folder / "in.jpg", folder / "out.webp", width=9)
+
+
+def test_an_attempt_that_nothing_runs_is_closed_at_the_second_look_without_its_temp_files(
+    producer, app, upkeep, tmp_path
+):
+    job = resize(producer, tmp_path)
+    part = half_written(tmp_path, job, claimed_here(app, job))
+
+    upkeep._close_unclaimed()
+    assert (producer.row(job)["status"], part.exists()) == ("running", True)
+
+    upkeep._close_unclaimed()
+    row = producer.row(job)
+    assert (row["status"], row["deaths"], part.exists()) == ("queued", 1, False)
+    assert producer.events(job)[-1] == "lost"
+
+
+def test_an_attempt_that_nothing_runs_fails_when_it_was_one_death_too_many(producer, app, upkeep, tmp_path):
+    job = resize(producer, tmp_path)
+    claimed_here(app, job)
+    change(app, job, deaths=2)
+
+    upkeep._close_unclaimed()
+    upkeep._close_unclaimed()
+
+    row = producer.row(job)
+    assert (row["status"], row["error_type"], row["deaths"]) == ("failed", "WorkerLost", 3)
+
+
+def test_an_attempt_whose_time_went_by_in_an_outage_is_released(producer, app, upkeep, add, monkeypatch):
+    job = add.delay(1, 1)
+    claimed_here(app, job)
+    change(app, job, deaths=2)
+    monkeypatch.setattr(request, "spared", {job.id})
+
+    upkeep._close_unclaimed()
+    upkeep._close_unclaimed()
+
+    row = producer.row(job)
+    assert (row["status"], row["deaths"], request.spared) == ("queued", 2, set())
+    assert producer.events(job)[-1] == "released"
