@@ -16,6 +16,8 @@ import click
 from tasks.cli.text import printable, remark
 
 if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
+
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType  # older versions of Click can't be subscribed
@@ -23,15 +25,16 @@ else:
 T = TypeVar("T")
 
 
-def app_of(ctx: click.Context) -> Any:
+def app_of(ctx: click.Context) -> "MediaTasks":
     """The app behind `-A`.
 
     Raises:
         click.ClickException: It is another project's, or none was named.
     """
-    app = ctx.find_root().obj.app
+    app: MediaTasks = ctx.find_root().obj.app
     ours = sys.modules.get("tasks.celery")
-    if ours is None or not isinstance(app, ours.MediaTasks):
+    is_ours = ours is not None and isinstance(app, ours.MediaTasks)
+    if not is_ours:
         command = _command_of(ctx)
         raise click.ClickException(
             f"`{command}` is a command of Media Tasks, and this is another app ({app.main or 'without a name'}); "

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,10 @@ from tasks.cli.filters import unknown_task
 from tasks.cli.ids import job_row
 from tasks.cli.text import line, printable, remark
 
+if TYPE_CHECKING:
+    from db.records import Row
+    from tasks.celery import MediaTasks
+
 job_ids = click.argument("job_ids", metavar="ID...", nargs=-1, required=True)
 
 
@@ -18,7 +22,7 @@ job_ids = click.argument("job_ids", metavar="ID...", nargs=-1, required=True)
 @job_ids
 @click.option("--reason", default="", help="Kept with the job, and shown to whoever waits for it.")
 @with_app
-def cancel_jobs(app: Any, job_ids: Sequence[str], reason: str) -> None:
+def cancel_jobs(app: "MediaTasks", job_ids: Sequence[str], reason: str) -> None:
     """Cancel jobs, and what waits for them. A running one is ended by its worker, within three seconds."""
     from db.records import Status
     from tasks import control
@@ -44,7 +48,7 @@ def cancel_jobs(app: Any, job_ids: Sequence[str], reason: str) -> None:
 @click.command("retry")
 @job_ids
 @with_app
-def retry_jobs(app: Any, job_ids: Sequence[str]) -> None:
+def retry_jobs(app: "MediaTasks", job_ids: Sequence[str]) -> None:
     """Run jobs now that wait for their time, or have failed."""
     from db.records import Status
     from tasks import control
@@ -73,7 +77,9 @@ def retry_jobs(app: Any, job_ids: Sequence[str]) -> None:
 @click.option("--task", "task_type", metavar="CAPABILITY", help="With --failed: only jobs of this capability.")
 @click.option("--limit", type=click.IntRange(1, 10_000), help="With --failed: so many at most.  [default: 50]")
 @with_app
-def replay_jobs(app: Any, job_ids: Sequence[str], is_all: bool, task_type: str | None, limit: int | None) -> None:
+def replay_jobs(
+    app: "MediaTasks", job_ids: Sequence[str], is_all: bool, task_type: str | None, limit: int | None
+) -> None:
     """Run failed or cancelled jobs again, under their ids. What failed because of them follows them."""
     from tasks import control
 
@@ -97,7 +103,7 @@ def replay_jobs(app: Any, job_ids: Sequence[str], is_all: bool, task_type: str |
         _say_what_holds_them(app, queues)
 
 
-def _newest_failed(app: Any, task_type: str | None, limit: int) -> list[str]:
+def _newest_failed(app: "MediaTasks", task_type: str | None, limit: int) -> list[str]:
     """The newest jobs that failed by themselves; says so if there are none, or more.
 
     Raises:
@@ -106,7 +112,7 @@ def _newest_failed(app: Any, task_type: str | None, limit: int) -> list[str]:
     from db.records import Status
     from tasks import control
 
-    found: list[Any] = []
+    found: list[str] = []
     to_read, is_whole = 0, False
     while not is_whole and len(found) <= limit:
         to_read = 2 * to_read or limit + 1
@@ -122,7 +128,7 @@ def _newest_failed(app: Any, task_type: str | None, limit: int) -> list[str]:
     return found[:limit]
 
 
-def _say_what_holds_them(app: Any, queues: Collection[str]) -> None:
+def _say_what_holds_them(app: "MediaTasks", queues: Collection[str]) -> None:
     """A remark for each queue that nothing takes jobs from."""
     from tasks import control
 
@@ -133,12 +139,12 @@ def _say_what_holds_them(app: Any, queues: Collection[str]) -> None:
             remark(f"no live worker serves {queue.name}: celery -A tasks worker -Q {queue.name}")
 
 
-def _status_now(app: Any, row: Any) -> str:
+def _status_now(app: "MediaTasks", row: "Row") -> str:
     now = app.store.job(row["job_id"])
     return str(now["status"] if now is not None else "gone")
 
 
-def _is_running(row: Any) -> bool:
+def _is_running(row: "Row") -> bool:
     from db.records import Status
 
     return row["status"] in (Status.CLAIMED, Status.RUNNING)

@@ -1,11 +1,14 @@
 """`celery -A tasks db upgrade | stats | pragmas | checkpoint | vacuum | backup`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tasks.cli.app import with_app
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 
 @click.group()
@@ -15,7 +18,7 @@ def db() -> None:
 
 @db.command()
 @with_app
-def upgrade(app: Any) -> None:
+def upgrade(app: "MediaTasks") -> None:
     """Make the tables, or bring them up to this release. Safe to repeat."""
     from db import schema
 
@@ -29,7 +32,7 @@ def upgrade(app: Any) -> None:
 
 @db.command()
 @with_app
-def stats(app: Any) -> None:
+def stats(app: "MediaTasks") -> None:
     """Jobs by task and status, rows of each table, and the sizes of the file and its log."""
     from db import maintenance
 
@@ -41,7 +44,7 @@ def stats(app: Any) -> None:
 
 @db.command()
 @with_app
-def pragmas(app: Any) -> None:
+def pragmas(app: "MediaTasks") -> None:
     """The settings of the SQLite file as they are in force."""
     from db import maintenance
 
@@ -51,7 +54,7 @@ def pragmas(app: Any) -> None:
 
 @db.command()
 @with_app
-def checkpoint(app: Any) -> None:
+def checkpoint(app: "MediaTasks") -> None:
     """Move the write-ahead log into the SQLite file and empty it."""
     from db import maintenance
 
@@ -61,7 +64,7 @@ def checkpoint(app: Any) -> None:
 
 @db.command()
 @with_app
-def vacuum(app: Any) -> None:
+def vacuum(app: "MediaTasks") -> None:
     """Give free pages back to the file system."""
     from db import maintenance
 
@@ -72,7 +75,7 @@ def vacuum(app: Any) -> None:
 @db.command()
 @click.argument("target", type=click.Path(path_type=Path, dir_okay=False))
 @with_app
-def backup(app: Any, target: Path) -> None:
+def backup(app: "MediaTasks", target: Path) -> None:
     """Copy the SQLite file, consistent while workers go on, to TARGET (which must not exist)."""
     from db import maintenance
 

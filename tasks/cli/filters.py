@@ -1,9 +1,12 @@
 """The filter `--task`: what is said when it leaves nothing. In: the name as typed. Out: one line, or None."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 
-def unknown_task(app: Any, task_type: str) -> str | None:
+def unknown_task(app: "MediaTasks", task_type: str) -> str | None:
     """That neither a capability nor a job has this name, with the nearest name that one has; None if one has it."""
     from tasks import capabilities
 

@@ -16,6 +16,9 @@ from tasks.cli.text import abridged, as_json, clock, console_for, cut, echo_json
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from db.records import Row
+    from tasks.celery import MediaTasks
+
 WIDE_COLUMNS = 120
 SHORT_ID = 8
 HIDDEN = ("message", "id", "in_chord", "sequence")
@@ -56,7 +59,9 @@ for command in (explain_job, cancel_jobs, retry_jobs, replay_jobs):
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line, with every column.")
 @click.pass_context
 @with_app
-def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, limit: int, is_json: bool) -> None:
+def list_jobs(
+    app: "MediaTasks", ctx: click.Context, status: Any, task_type: str | None, limit: int, is_json: bool
+) -> None:
     """The newest jobs first. `jobs show` takes the ids as they stand here."""
     from tasks import control
 
@@ -76,7 +81,7 @@ def list_jobs(app: Any, ctx: click.Context, status: Any, task_type: str | None, 
 @click.option("--json", "is_json", is_flag=True, help="One JSON object: the row, and its changes as `logs`.")
 @click.pass_context
 @with_app
-def show_job(app: Any, ctx: click.Context, job_id: str, is_json: bool) -> None:
+def show_job(app: "MediaTasks", ctx: click.Context, job_id: str, is_json: bool) -> None:
     """One job: its row, and every change in order. The first characters of the id are enough."""
     from tasks import control
 
@@ -94,7 +99,7 @@ def show_job(app: Any, ctx: click.Context, job_id: str, is_json: bool) -> None:
     _print_changes(console, logs)
 
 
-def _print_table(ctx: click.Context, rows: Sequence[Any]) -> None:
+def _print_table(ctx: click.Context, rows: "Sequence[Row]") -> None:
     """Ids, statuses and times are always whole; what is free text gives way, at its end."""
     console = console_for(ctx)
     is_wide = console.width >= WIDE_COLUMNS
@@ -122,7 +127,7 @@ def _print_table(ctx: click.Context, rows: Sequence[Any]) -> None:
     console.print(table, markup=False)
 
 
-def _print_changes(console: Any, logs: Sequence[Any]) -> None:
+def _print_changes(console: Any, logs: "Sequence[Row]") -> None:
     console.print("\nchanges")
     if not logs:
         return
@@ -148,7 +153,7 @@ def _nothing_found(status: Any, task_type: str | None) -> str:
     return "no jobs yet; submit one: celery -A tasks submit image_resize in.jpg out.webp --width 800 --wait"
 
 
-def _id_length(rows: Sequence[Any]) -> int:
+def _id_length(rows: "Sequence[Row]") -> int:
     """As few characters, from 8 on, as tell the listed ids apart."""
     ids = [row["job_id"] for row in rows]
     for length in range(SHORT_ID, max(map(len, ids))):
@@ -157,7 +162,7 @@ def _id_length(rows: Sequence[Any]) -> int:
     return max(map(len, ids))
 
 
-def _note(row: Any, is_wide: bool) -> str:
+def _note(row: "Row", is_wide: bool) -> str:
     """What one wants to know next: why it failed, who has it, or when it is due."""
     from db.records import Status, now
 
@@ -174,7 +179,7 @@ def _note(row: Any, is_wide: bool) -> str:
     return ""
 
 
-def _took(row: Any) -> str:
+def _took(row: "Row") -> str:
     if row["started_at"] is None or row["completed_at"] is None or row["completed_at"] < row["started_at"]:
         return ""
     return f"{(row['completed_at'] - row['started_at']).total_seconds():.2f} s"

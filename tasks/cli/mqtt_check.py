@@ -15,6 +15,7 @@ from tasks.cli.mqtt_connection import ANSWER_WITHIN_S, Connection
 from tasks.cli.text import line, remark
 
 if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
     from tasks.settings import Settings
 
 OWN_LEVEL: Final = "check"
@@ -22,7 +23,7 @@ OWN_LEVEL: Final = "check"
 
 @click.command("check")
 @with_app
-def check_broker(app: Any) -> None:
+def check_broker(app: "MediaTasks") -> None:
     """Try what a worker needs of the MQTT broker: connect, publish, receive, last will.
 
     Ends with exit code 1 at the first step that fails.

@@ -1,13 +1,16 @@
 """`celery -A tasks mqtt cleanup PATTERN`: retained messages that nobody will clear any more are cleared."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tasks.cli.app import with_app
 from tasks.cli.mqtt_connection import Connection, Refused
 from tasks.cli.text import counted, line, remark
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 
 @click.command("cleanup")
@@ -17,7 +20,9 @@ from tasks.cli.text import counted, line, remark
 @click.option("--dry-run", "is_dry", is_flag=True, help="Only list them.")
 @click.option("--force", "is_forced", is_flag=True, help="Also where PATTERN could be anybody's topics, such as #.")
 @with_app
-def clean_up(app: Any, pattern: str, broker: str | None, port: int | None, is_dry: bool, is_forced: bool) -> None:
+def clean_up(
+    app: "MediaTasks", pattern: str, broker: str | None, port: int | None, is_dry: bool, is_forced: bool
+) -> None:
     """List and clear the retained messages below PATTERN, such as "inference/workers/#".
 
     Workers that live publish theirs again at their next heartbeat.

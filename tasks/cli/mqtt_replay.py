@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -13,6 +13,10 @@ from tasks.cli.mqtt_connection import Connection
 from tasks.cli.mqtt_events import event_line
 from tasks.cli.text import counted, remark
 from tasks.cli.times import Since
+
+if TYPE_CHECKING:
+    from db.records import Row
+    from tasks.celery import MediaTasks
 
 PAGE: Final = 500
 # Ids follow the times of their rows, but for transactions that take long.
@@ -25,7 +29,9 @@ LONGEST_TRANSACTION: Final = timedelta(minutes=1)
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line: the payloads.")
 @click.option("--publish", "is_published", is_flag=True, help="Also publish them again to MQTT_TOPIC.")
 @with_app
-def replay_events(app: Any, job_id: str | None, since: datetime | None, is_json: bool, is_published: bool) -> None:
+def replay_events(
+    app: "MediaTasks", job_id: str | None, since: datetime | None, is_json: bool, is_published: bool
+) -> None:
     """Print the events of a job, or of a time, from the job table. Progress between changes is not kept."""
     from contextlib import ExitStack
 
@@ -52,14 +58,14 @@ def _events(rows: Iterator[Mapping[str, Any]]) -> Iterator[str]:
             yield event
 
 
-def _of_job(app: Any, job_id: str) -> Iterator[Mapping[str, Any]]:
+def _of_job(app: "MediaTasks", job_id: str) -> Iterator[Mapping[str, Any]]:
     """The log rows of one job, in order, as the relay reads them."""
     ids = [log["id"] for log in app.store.logs(job_row(app.store, job_id)["job_id"])]
     for start in range(0, len(ids), PAGE):
         yield from _changes(app, 2**62, [(row_id, row_id) for row_id in ids[start : start + PAGE]])
 
 
-def _since(app: Any, since: datetime) -> Iterator[Mapping[str, Any]]:
+def _since(app: "MediaTasks", since: datetime) -> Iterator[Mapping[str, Any]]:
     """The log rows since a time, in order, page by page."""
     after = _last_before(app, since - LONGEST_TRANSACTION)
     while rows := _changes(app, after):
@@ -67,7 +73,7 @@ def _since(app: Any, since: datetime) -> Iterator[Mapping[str, Any]]:
         after = rows[-1]["id"]
 
 
-def _last_before(app: Any, at: datetime) -> int:
+def _last_before(app: "MediaTasks", at: datetime) -> int:
     """The id after which no row is older; found by halving, since the times have no index."""
 
     def is_older(row_id: int) -> bool:
@@ -85,9 +91,8 @@ def _last_before(app: Any, at: datetime) -> int:
 
 
 def _changes(
-    app: Any, after: int, ids: Sequence[tuple[int, int]] = (), *, limit: int = PAGE
-) -> Sequence[Mapping[str, Any]]:
+    app: "MediaTasks", after: int, ids: Sequence[tuple[int, int]] = (), *, limit: int = PAGE
+) -> "Sequence[Row]":
     from tasks.sinks.events import LONGEST_RESULT_BYTES
 
-    rows: Sequence[Mapping[str, Any]] = app.store.changes(after, ids, limit=limit, result_bytes=LONGEST_RESULT_BYTES)
-    return rows
+    return app.store.changes(after, ids, limit=limit, result_bytes=LONGEST_RESULT_BYTES)

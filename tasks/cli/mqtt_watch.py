@@ -15,6 +15,7 @@ from tasks.cli.mqtt_events import SHORT_ID, Event, event_line, parsed
 from tasks.cli.text import remark
 
 if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
     from tasks.settings import Settings
 
 KEPT_JOBS: Final = 10_000
@@ -30,7 +31,7 @@ UNNOTICED_KEEPALIVES: Final = 4
 @click.option("--count", type=click.IntRange(1), help="End after so many events.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), help="End after so many seconds.")
 @with_app
-def watch_events(app: Any, job_id: str, is_json: bool, count: int | None, timeout_s: float | None) -> None:
+def watch_events(app: "MediaTasks", job_id: str, is_json: bool, count: int | None, timeout_s: float | None) -> None:
     """Print what happens to jobs until Ctrl+C; gaps are told on stderr.
 
     With both --count and --timeout, exit code 1 says that there were fewer events.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -12,6 +12,9 @@ from tasks.cli.app import with_app
 from tasks.cli.mqtt_connection import Connection, Message
 from tasks.cli.mqtt_events import SHORT_ID
 from tasks.cli.text import clock, console_for, cut, echo_json, remark, table_for
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 RUNNING_READ: Final = 10_000
 
@@ -32,7 +35,7 @@ class Alive:
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 @with_app
-def show_workers(app: Any, ctx: click.Context, is_json: bool) -> None:
+def show_workers(app: "MediaTasks", ctx: click.Context, is_json: bool) -> None:
     """Who is alive, what each can do, how much more it could take, and what it does now."""
     prefix = app.settings.capability_topic_prefix
     with Connection(app.settings) as connection:
@@ -67,7 +70,7 @@ def _capability(message: Message) -> dict[str, Any] | None:
     return payload if is_named and is_able else None
 
 
-def _running(app: Any) -> dict[str, list[dict[str, Any]]] | None:
+def _running(app: "MediaTasks") -> dict[str, list[dict[str, Any]]] | None:
     """{worker: its running jobs}; None, with a remark, where the job table can't be read."""
     from sqlalchemy.exc import SQLAlchemyError
 

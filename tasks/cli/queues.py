@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,7 @@ from tasks.cli.text import clock, console_for, counted, cut, echo_json, line, ta
 from tasks.cli.times import Duration
 
 if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
     from tasks.control import Queue
 
 
@@ -24,7 +25,7 @@ def queues() -> None:
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 @with_app
-def list_queues(app: Any, ctx: click.Context, is_json: bool) -> None:
+def list_queues(app: "MediaTasks", ctx: click.Context, is_json: bool) -> None:
     """All queues that are known, served, paused or have jobs: what waits, what runs, who serves them."""
     from tasks import control
 
@@ -40,7 +41,7 @@ def list_queues(app: Any, ctx: click.Context, is_json: bool) -> None:
 @click.option("--reason", default="", help="Shown wherever somebody asks why jobs wait.")
 @click.option("--for", "for_s", type=Duration(), help="90, 90s, 10m, 2h, 1d. Without it: until `queues resume`.")
 @with_app
-def pause_queue(app: Any, queue: str, reason: str, for_s: float | None) -> None:
+def pause_queue(app: "MediaTasks", queue: str, reason: str, for_s: float | None) -> None:
     """Have no worker take jobs from QUEUE; running jobs go on. A pause outlives workers and restarts."""
     from tasks import control
 
@@ -54,7 +55,7 @@ def pause_queue(app: Any, queue: str, reason: str, for_s: float | None) -> None:
 @queues.command("resume")
 @click.argument("queue")
 @with_app
-def resume_queue(app: Any, queue: str) -> None:
+def resume_queue(app: "MediaTasks", queue: str) -> None:
     """End the pause of QUEUE."""
     from tasks import control
 
@@ -68,7 +69,7 @@ def resume_queue(app: Any, queue: str) -> None:
 @click.argument("queue")
 @click.option("--yes", "is_sure", is_flag=True, help="Don't ask.")
 @with_app
-def purge_queue(app: Any, queue: str, is_sure: bool) -> None:
+def purge_queue(app: "MediaTasks", queue: str, is_sure: bool) -> None:
     """Cancel all jobs that wait in QUEUE, whatever they wait for; running jobs go on."""
     from tasks import control
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,7 @@ from tasks.cli.strays import overdue_jobs, stray_messages, surplus_messages
 from tasks.cli.text import as_json, counted, line, remark
 
 if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
     from tasks.reconciler import Finding, Reconciler
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", "is_dry", is_flag=True, help="Only print; change nothing.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line: part, subject, text, outcome.")
 @with_app
-def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
+def reconcile(app: "MediaTasks", is_dry: bool, is_json: bool) -> None:
     """Find jobs whose worker is dead, whose message is lost, whose end was not told; and mend them.
 
     Workers do so by themselves every few seconds, one of them at a time; doing it twice does no harm. What no look
@@ -55,7 +56,7 @@ def reconcile(app: Any, is_dry: bool, is_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _findings(app: Any, reconciler: "Reconciler") -> Iterator["Finding"]:
+def _findings(app: "MediaTasks", reconciler: "Reconciler") -> Iterator["Finding"]:
     """Every disagreement once. A worker looks through so many jobs of a queue a round; here are the rounds of all."""
     from db.records import now
     from tasks.reconciler import IN_ONE_LOOK
@@ -83,7 +84,7 @@ def _mended(finding: "Finding") -> str:
         return "failed"
 
 
-def _doubts(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
+def _doubts(app: "MediaTasks", reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
     """What may be wrong and can't be proved by one look; a worker that looks on will tell."""
     yield from _silent_holders(app, reconciler)
     yield from _short_queues(app)
@@ -93,7 +94,7 @@ def _doubts(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]
         yield "retained topics", topic, text
 
 
-def _notes(app: Any) -> Iterator[tuple[str, str, str]]:
+def _notes(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
     """What needs no mending."""
     for job_id, text in overdue_jobs(app):
         yield "overdue jobs", job_id, text
@@ -101,7 +102,7 @@ def _notes(app: Any) -> Iterator[tuple[str, str, str]]:
         yield "stray messages", job_id, text
 
 
-def _silent_holders(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
+def _silent_holders(app: "MediaTasks", reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
     from db.records import Liveness
 
     for holder in app.store.holders():
@@ -110,7 +111,7 @@ def _silent_holders(app: Any, reconciler: "Reconciler") -> Iterator[tuple[str, s
             yield "dead holders", holder.worker_id, f"{text} that looks for {app.settings.lease_timeout_s:g} s"
 
 
-def _short_queues(app: Any) -> Iterator[tuple[str, str, str]]:
+def _short_queues(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
     """Queues with fewer messages than jobs, where the broker can only count."""
     from db.records import now
     from tasks.broker.ledger import ledger_of

@@ -10,11 +10,14 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from tasks.cli.text import remark
+
+if TYPE_CHECKING:
+    from tasks.celery import MediaTasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Known:
     is_settled: bool
 
 
-def retained_doubts(app: Any) -> Iterator[tuple[str, str]]:
+def retained_doubts(app: "MediaTasks") -> Iterator[tuple[str, str]]:
     """Topics, and what may be wrong with each; nothing with BROADCAST_TYPE=noop.
 
     Workers are read before and after the topics: one that comes or goes meanwhile is no disagreement.
@@ -64,7 +67,7 @@ def _gone(worker: Known | None) -> str:
     return f"worker {worker.worker_id} is {status}, last heard of at {worker.heard_at:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _retained(app: Any) -> list[str] | None:
+def _retained(app: "MediaTasks") -> list[str] | None:
     """The topics of workers that hold something; None, with one line that says why, if they can't be read."""
     from tasks.cli.mqtt_connection import Connection
     from tasks.errors import SettingsError
@@ -78,7 +81,7 @@ def _retained(app: Any) -> list[str] | None:
     return sorted({message.topic for message in messages if message.payload})
 
 
-def _known(app: Any) -> dict[str, Known]:
+def _known(app: "MediaTasks") -> dict[str, Known]:
     """{topic: its worker}"""
     from db.records import Liveness, now
     from tasks.reconciler import SETTLED_AFTER_S

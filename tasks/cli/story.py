@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,8 @@ from tasks.cli.ids import job_row
 from tasks.cli.text import echo_json, line
 
 if TYPE_CHECKING:
+    from db.records import Row
+    from tasks.celery import MediaTasks
     from tasks.control import Chapter
 
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("job_id", metavar="ID")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line: at, since_s, event, worker, text.")
 @with_app
-def explain_job(app: Any, job_id: str, is_json: bool) -> None:
+def explain_job(app: "MediaTasks", job_id: str, is_json: bool) -> None:
     """What happened to a job; at the end why it waits."""
     from tasks import control
 
@@ -31,7 +33,7 @@ def explain_job(app: Any, job_id: str, is_json: bool) -> None:
         _print(row, story)
 
 
-def _print(row: Any, story: Sequence["Chapter"]) -> None:
+def _print(row: "Row", story: Sequence["Chapter"]) -> None:
     click.echo(line(f"{row['job_id']}: {row['task_type']}, {row['status']}"))
     event_width = max((len(chapter.event) for chapter in story), default=0)
     worker_width = max((len(chapter.worker) for chapter in story), default=0)
@@ -47,7 +49,7 @@ def _print(row: Any, story: Sequence["Chapter"]) -> None:
         )
 
 
-def _since_s(chapter: "Chapter", row: Any) -> float:
+def _since_s(chapter: "Chapter", row: "Row") -> float:
     return float((chapter.at - row["created_at"]).total_seconds())
 
 

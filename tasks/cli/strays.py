@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tasks.broker.messages import Addressed
+    from tasks.celery import MediaTasks
 
 LOOK_AGAIN_AFTER_S: Final = 1.0
 OVERDUE_AFTER_S: Final = 60.0
 
 
-def stray_messages(app: Any) -> Iterator[tuple[str, str]]:
+def stray_messages(app: "MediaTasks") -> Iterator[tuple[str, str]]:
     """Messages that are faulty, or whose job has ended, is unknown or has moved on, where the broker can name them: the
     job's id, and why.
 
@@ -37,7 +38,7 @@ def stray_messages(app: Any) -> Iterator[tuple[str, str]]:
                 yield message.correlation_id, f"{message.queue} holds a message of it, and {why}"
 
 
-def surplus_messages(app: Any) -> Iterator[tuple[str, str]]:
+def surplus_messages(app: "MediaTasks") -> Iterator[tuple[str, str]]:
     """Queues with more ready messages than jobs that wait for theirs, where the broker can only count."""
     from db.records import now
     from tasks import capabilities
@@ -58,7 +59,7 @@ def surplus_messages(app: Any) -> Iterator[tuple[str, str]]:
             yield queue, f"{text}, or have no row yet (another client's, ENQUEUE=broker)"
 
 
-def overdue_jobs(app: Any) -> Iterator[tuple[str, str]]:
+def overdue_jobs(app: "MediaTasks") -> Iterator[tuple[str, str]]:
     """Jobs whose time came long ago, and which nobody has published: the job's id, and why."""
     rows = app.store.overdue(OVERDUE_AFTER_S)
     why = "the worker that publishes what is due is behind" if rows and app.live_workers() else "no worker lives"
@@ -67,7 +68,7 @@ def overdue_jobs(app: Any) -> Iterator[tuple[str, str]]:
         yield row["job_id"], f"it was due at {due} in {row['queue']}, and nobody has published it: {why}"
 
 
-def _strays(app: Any, messages: Sequence["Addressed"]) -> Iterator[tuple["Addressed", str]]:
+def _strays(app: "MediaTasks", messages: Sequence["Addressed"]) -> Iterator[tuple["Addressed", str]]:
     """Of some messages those that no row waits for, and why."""
     from tasks.consumer import fault_in_fields
 

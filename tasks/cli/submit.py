@@ -13,6 +13,7 @@ from tasks.cli.text import clock, console_for, printable, remark
 if TYPE_CHECKING:
     from celery.result import AsyncResult
 
+    from tasks.celery import MediaTasks
     from tasks.job import Job
 
 LOOK_EVERY_S = 2.0
@@ -40,7 +41,7 @@ def submit() -> None:
     """Submit a job to a capability; its options are those of its declaration."""
 
 
-def _app(ctx: click.Context) -> Any:
+def _app(ctx: click.Context) -> "MediaTasks":
     from tasks import capabilities
 
     app = app_of(ctx)
