@@ -63,12 +63,14 @@ class NewJob:
 class Publication:
     """A message to send: its number, and the row's priority (1-10), to be mapped once for the broker.
 
-    One that is resting is sent later, by a dispatcher, when it is due.
+    One that is resting is sent later, by a dispatcher, when it is due. That of a job which `has_begun` before goes
+    ahead of those of its priority which have not.
     """
 
     number: int
     priority: int
     is_resting: bool = False
+    has_begun: bool = False
 
 
 class Decision(Enum):

@@ -182,6 +182,7 @@ class MediaTasks(Celery):
         *,
         publication: int,
         priority: int,
+        has_begun: bool,
         expires: str | None,
         options: dict[str, Any],
     ) -> None:
@@ -192,12 +193,12 @@ class MediaTasks(Celery):
         headers = {**(options.get("headers") or {}), **own}
         timeless = {key: value for key, value in options.items() if key not in ("eta", "countdown", "expires")}
         super().send_task(
-            name, args, kwargs, **timeless | {"headers": headers, "priority": self.wire_priority(priority)}
+            name, args, kwargs, **timeless | {"headers": headers, "priority": self.wire_priority(priority + has_begun)}
         )
 
     def wire_priority(self, priority: int) -> int:
-        """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first."""
-        return 10 - priority if self.settings.broker_kind.is_lowest_first else priority
+        """A row's priority (1-10, 10 first) as the broker wants it: Redis serves 0 first. 11 is for what has begun."""
+        return max(10 - priority, 0) if self.settings.broker_kind.is_lowest_first else priority
 
     def live_workers(self) -> "list[Row]":
         """The heartbeat rows of workers heard of within LEASE_TIMEOUT_S."""

@@ -285,6 +285,7 @@ def _publish(
             kwargs,
             publication=publication.number,
             priority=publication.priority,
+            has_begun=publication.has_begun,
             expires=expires_at.isoformat() if expires_at is not None else None,
             options=options,
         )

@@ -40,6 +40,7 @@ class Outlet:
                 message["kwargs"],
                 publication=row["publication"],
                 priority=row["priority"],
+                has_begun=row["deliveries"] > 0,
                 expires=expires_at.isoformat() if expires_at is not None else None,
                 options=options | {"producer": self._producer(), "retry": False},
             )

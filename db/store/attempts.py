@@ -164,10 +164,10 @@ class Attempts(Part):
                 {"b_job_id": job_id, "b_attempt": attempt},
             ).one_or_none()
             if row is None:
-                return publication_at(connection, job_id, earlier, is_resting)
+                return publication_at(connection, job_id, earlier, is_resting, has_begun=True)
             details = {"retry_count": retry_count, "run_after_utc": run_after_utc and run_after_utc.isoformat()}
             log_failure(connection, job_id, row.sequence, event, row.claimed_by, at, failure, details)
-            return Publication(row.publication, row.priority, is_resting)
+            return Publication(row.publication, row.priority, is_resting, has_begun=True)
 
     def rest(self, job_id: str, publication: int, *, delay_s: float = 0.0) -> bool:
         """Let a queued job rest until `delay_s` from now: its message could not be sent, or came to a paused queue."""

@@ -105,13 +105,13 @@ def standing_of(connection: Connection, job_id: str) -> Row | None:
 
 
 def publication_at(
-    connection: Connection, job_id: str, at: Collection[datetime], is_resting: bool
+    connection: Connection, job_id: str, at: Collection[datetime], is_resting: bool, *, has_begun: bool = False
 ) -> Publication | None:
     """The publication that was written at one of these times."""
     standing = standing_of(connection, job_id) if at else None
     if standing is None or standing["updated_at"] not in at:
         return None
-    return Publication(standing["publication"], standing["priority"], is_resting)
+    return Publication(standing["publication"], standing["priority"], is_resting, has_begun)
 
 
 def log(

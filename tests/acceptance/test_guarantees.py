@@ -30,6 +30,8 @@ TAKEN_OVER = ["created", "claimed", "started", "lost", "claimed", "started", "co
 GET = {"timeout": 60}
 AGAIN_WITHIN_S = {"embedded": 3, "rabbitmq": 5, "redis": 30}
 GONE_WITHIN_S = 3
+# A worker with one slot has up to two jobs of a second in hand, which no other can overtake any more.
+RESERVED_S = 3
 MEGABYTE = 1 << 20
 
 
@@ -153,8 +155,33 @@ class TestPoolChildKilled:
         assert row["error_type"] == "WorkerLost"
         assert own.events(steps) == ["created", "failed"]
 
+    def test_it_runs_again_before_what_has_waited_for_its_first_run(self, own, task, broker, tmp_path):
+        own.start_worker("--concurrency=1")
+        job = task.dawdle.delay(str(tmp_path / "runs"), 60.0, 0.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        waiting = [task.dawdle.delay(str(tmp_path / f"other-{number}"), 1.0, 1.0) for number in range(20)]
+
+        processes.send(own.workers[0].child_pids(), signal.SIGKILL)
+
+        eventually(lambda: len(lines(tmp_path / "runs")) == 2, AGAIN_WITHIN_S[broker] + RESERVED_S)
+        assert job.get(**GET) == 2
+        assert [own.row(other)["status"] for other in waiting[3:]] == ["queued"] * 17
+
 
 class TestWholeWorkerKilled:
+    def test_a_new_worker_begins_with_the_jobs_that_the_dead_one_ran(self, own, task, broker, tmp_path):
+        first = own.start_worker("--concurrency=1")
+        job = task.dawdle.delay(str(tmp_path / "runs"), 60.0, 0.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        waiting = [task.dawdle.delay(str(tmp_path / f"other-{number}"), 1.0, 1.0) for number in range(40)]
+        first.kill9_everything()
+
+        own.start_worker("--concurrency=1")
+
+        eventually(lambda: len(lines(tmp_path / "runs")) == 2, AGAIN_WITHIN_S[broker] + RESERVED_S)
+        assert job.get(**GET) == 2
+        assert [own.row(other)["status"] for other in waiting[30:]] == ["queued"] * 10
+
     def test_it_runs_again_on_another_worker_in_time(self, own, task, broker, tmp_path):
         first = own.start_worker("--concurrency=1")
         job = task.note.delay(str(tmp_path / "runs"), "job", 40.0)

@@ -67,7 +67,7 @@ class TestResting:
 
         publication = store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=due)
 
-        assert publication == Publication(2, 5, is_resting=True)
+        assert publication == Publication(2, 5, is_resting=True, has_begun=True)
         assert (row_of(store, job)["published_at"], row_of(store, job)["run_after_utc"]) == (None, due)
         assert store.next_due_s() == pytest.approx(3600, abs=5)
         assert store.take_due(10) == []

@@ -204,7 +204,7 @@ class TestAgain:
             job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=WHEN, failure=LOST
         )
 
-        assert publication == Publication(2, 9, is_resting=True)
+        assert publication == Publication(2, 9, is_resting=True, has_begun=True)
         row = row_of(store, job)
         assert (row["status"], row["retry_count"], row["run_after_utc"]) == ("queued", 1, WHEN)
         assert (row["error_type"], row["attempt"], row["published_at"]) == ("WorkerLost", attempt, None)
@@ -216,7 +216,9 @@ class TestAgain:
         job, attempt = running(store)
         before = now()
 
-        assert store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1) == Publication(2, 5)
+        assert store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1) == Publication(
+            2, 5, has_begun=True
+        )
 
         row = row_of(store, job)
         assert row["run_after_utc"] is None
@@ -241,7 +243,7 @@ class TestAgain:
 
         again = store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=run_after_utc)
 
-        assert again == Publication(2, 5, is_resting=run_after_utc is not None)
+        assert again == Publication(2, 5, is_resting=run_after_utc is not None, has_begun=True)
         assert events_of(store, job).count("retry") == 1
 
     def test_a_completed_retry_forgets_the_error(self, store):

@@ -195,6 +195,7 @@ def test_priorities_go_to_the_broker_as_they_are(producer, task):
 def test_priorities_are_turned_around_for_redis_once(server_dir, tmp_path):
     with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": "redis://127.0.0.1:9/0"}) as deployment:
         assert [deployment.app.wire_priority(priority) for priority in (1, 5, 10)] == [9, 5, 0]
+        assert deployment.app.wire_priority(11) == 0, "what has begun, of the highest priority"
         assert deployment.app.conf.broker_transport_options["priority_steps"] == list(range(10))
 
 
