@@ -13,6 +13,7 @@ from celery import bootsteps
 from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
+from tasks.duty import Duty
 from tasks.mirror import slots
 from tasks.relay import IDLE_S, Relay
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DUTY: Final = "relay"
 LOOK_EVERY_S: Final = 0.4
 SHORTEST_REST_S: Final = 0.005
 AFTER_AN_ERROR_S: Final = 1.0
@@ -45,7 +47,10 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._stopping = threading.Event()
         self._look, self._poll = threading.Event(), threading.Event()
         self._sink = MqttSink(self._app.settings, self._app.worker_id, (self._look, self._poll))
-        self._relay = Relay(self._app, self._sink, self._has_duty)
+        # A holder that is stopped (SIGSTOP) keeps its lock, and counts as dead only after a minute, since its jobs must
+        # not run twice. Events may be told twice: the holder, when it goes on, finds before it reads on that the duty
+        # has moved, and until it does the events wait in the table.
+        self._relay = Relay(self._app, self._sink, Duty(self._app, DUTY, passes_from_silent=True))
         self._is_silent = False
         self._begin()
         self._sink.start()
@@ -133,19 +138,6 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         elif wait_s:
             # Costs a third of a wait that can be ended. Rounds keep their pace, however much there is to tell.
             time.sleep(max(began + wait_s - time.monotonic(), SHORTEST_REST_S))
-
-    def _has_duty(self, name: str) -> bool:
-        """Whether this worker has the duty; it takes one from the dead, and from who is stopped or cut off.
-
-        A stopped holder (SIGSTOP) keeps its lock, and counts as dead only after a minute, since its jobs must not run
-        twice. Events may be told twice: so the relay's duty moves on when the lease was silent for LEASE_TIMEOUT_S, and
-        the holder, when it goes on, finds that before it reads on. Until then the events wait in the table.
-        """
-        if self._worker.upkeep.has_duty(name):
-            return True
-        store = self._app.store
-        holder = store.silent_holder(name, self._app.settings.lease_timeout_s)
-        return holder is not None and store.take_duty(name, self._app.leases.mine, after=holder)
 
     def _tell_the_rest(self) -> None:
         deadline = time.monotonic() + LAST_EVENTS_WITHIN_S

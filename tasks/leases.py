@@ -2,8 +2,9 @@
 
 A worker's main process holds one lease for all its attempts: a `flock` that the kernel lets go at any death, and a row;
 both are renewed. On the host where the lock can be seen the lock decides; a holder that has not renewed it for a minute
-is stopped, and counts as dead too. Elsewhere the row decides, after LEASE_TIMEOUT_S. No process id is ever compared,
-and no clock that somebody can set.
+is stopped, and counts as dead too. Elsewhere the row decides, after LEASE_TIMEOUT_S. Silence proves nothing after an
+outage: who could not reach the database could not renew. No process id is ever compared, and no clock that somebody can
+set.
 """
 
 import os
@@ -12,6 +13,7 @@ import time
 import uuid
 from contextlib import suppress
 from datetime import timedelta
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +36,9 @@ class Leases:
         self._app: Final = app
         self._directory: Final = Path(app.settings.server_dir) / "leases"
         self._mine: Lease | None = None
+        # Of this process and of the pool children that it forks: the guard in a child is to know what the upkeep saw.
+        self._steady_since: Final = memoryview(mmap(-1, 8)).cast("d")
+        self.interrupted()
 
     def take(self) -> None:
         """Take a lease for this worker; `app.lease` names it, also in the children that are forked later. Repeatable.
@@ -77,21 +82,40 @@ class Leases:
             raise RuntimeError("this process holds no lease: only a worker's does")
         return self._mine
 
-    def judge(self, holder: Holder) -> Liveness:
-        """Whether a holder lives."""
-        timeout_s = self._app.settings.lease_timeout_s
-        path = self._directory / holder.lease
-        if holder.host_id == self.host_id and path.exists():
-            is_alive = is_held(path) and silent_s(path) <= max(STOPPED_AFTER_S, timeout_s)
-            return Liveness.ALIVE if is_alive else Liveness.DEAD
-        return Liveness.UNCERTAIN if holder.silent_s <= timeout_s else Liveness.DEAD
-
-    def is_let_go(self, holder: Holder) -> bool:
-        """Whether a lock that can be seen from here is free: a proof of death, whatever the clocks say. A file that
-        somebody has removed proves nothing: its row decides.
+    def interrupted(self) -> None:
+        """Say that the database was away, or this machine: others were late as well, and for LEASE_TIMEOUT_S silence
+        proves nothing. So it is at the beginning, too.
         """
+        self._steady_since[0] = time.monotonic()
+
+    def judge(self, holder: Holder) -> Liveness:
+        """Whether a holder lives, as the guard wants to know it."""
+        if self.is_dead(holder):
+            return Liveness.DEAD
+        return Liveness.ALIVE if self._lock_of(holder) else Liveness.UNCERTAIN
+
+    def is_dead(self, holder: Holder) -> bool:
+        """Whether a holder is proved to be dead: its lock was let go, or it was silent while there was no outage.
+
+        A lock that can be seen from here and is free is a proof whatever the clocks say. A file that somebody has
+        removed proves nothing: its row decides.
+        """
+        if (path := self._lock_of(holder)) and not is_held(path):
+            return True
+        steady_s = time.monotonic() - self._steady_since[0]
+        return self.seems_dead(holder) and steady_s >= self._app.settings.lease_timeout_s
+
+    def seems_dead(self, holder: Holder) -> bool:
+        """Whether a holder has let go of its lock or is silent, be it for an outage: what one look can tell."""
+        timeout_s = self._app.settings.lease_timeout_s
+        if path := self._lock_of(holder):
+            return not is_held(path) or silent_s(path) > max(STOPPED_AFTER_S, timeout_s)
+        return holder.silent_s > timeout_s
+
+    def _lock_of(self, holder: Holder) -> Path | None:
+        """The file of its lock, if that can be seen from here."""
         path = self._directory / holder.lease
-        return holder.host_id == self.host_id and path.exists() and not is_held(path)
+        return path if holder.host_id == self.host_id and path.exists() else None
 
     @property
     def host_id(self) -> str:
@@ -123,7 +147,7 @@ class Leases:
         """Whether somebody else who may be alive has this worker's name."""
         holders = self._app.store.holders(worker_id=self._app.worker_id)
         others = [holder for holder in holders if holder.lease != self._app.lease]
-        return any(self.judge(holder) is not Liveness.DEAD for holder in others)
+        return not all(self.seems_dead(holder) for holder in others)
 
     def sweep(self) -> None:
         """Remove the files of the dead."""

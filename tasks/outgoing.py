@@ -18,6 +18,52 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Looked for at least so often: a job that is due earlier may be written meanwhile.
+LOOK_EVERY_S: Final = 1.0
+SHORTEST_WAIT_S: Final = 0.02
+AT_ONCE: Final = 500
+# What the broker did not take is offered again after so long.
+REFUSED_FOR_S: Final = 2.0
+
+
+class Dispatcher:
+    """Publishes the jobs that rest in their rows, when they are due. Several may do so at once, each its own jobs."""
+
+    def __init__(self, app: "MediaTasks") -> None:
+        self._app: Final = app
+        self._outlet: Final = Outlet(app)
+
+    def round(self, limit: int = AT_ONCE) -> float:
+        """Publish what is due, so many jobs at most; seconds until the next look. Raises what the store raises."""
+        self._outlet.is_away = False
+        due_s = self._app.store.next_due_s()
+        if due_s is not None and due_s <= 0:
+            if self.publish_due(limit) >= limit and not self.is_broker_away:
+                return 0.0
+            due_s = self._app.store.next_due_s()
+        return min(max(LOOK_EVERY_S if due_s is None else due_s, SHORTEST_WAIT_S), LOOK_EVERY_S)
+
+    def publish_due(self, limit: int) -> int:
+        """Publish the jobs that are due; how many there were. If this process dies in the middle, the messages of the
+        rest count as lost.
+        """
+        rows = self._app.store.take_due(limit)
+        self._outlet.is_away = False
+        for row in rows:
+            # A broker that is away is asked once: each time takes seconds, and another worker may reach it.
+            if self.is_broker_away or not self._outlet.send(row):
+                self._app.store.rest(row["job_id"], row["publication"], delay_s=REFUSED_FOR_S)
+        return len(rows)
+
+    @property
+    def is_broker_away(self) -> bool:
+        """Whether the broker did not answer in the last round."""
+        return self._outlet.is_away
+
+    def close(self) -> None:
+        """Close the connection; the next message opens another."""
+        self._outlet.close()
+
 
 class Outlet:
     """A connection of its own to the broker: the app's belong to the thread that forks pool children."""
@@ -48,7 +94,7 @@ class Outlet:
             logger.warning("%s[%s] could not be published: %s", row["task_type"], row["job_id"], exc)
             connection_errors = getattr(self._connection, "connection_errors", ())
             self.is_away = isinstance(exc, (OperationalError, OSError, *connection_errors))
-            self._drop()
+            self.close()
             return False
         self.is_away = False
         return True
@@ -59,7 +105,7 @@ class Outlet:
             self._connection.ensure_connection(max_retries=1)
         return self._app.amqp.Producer(self._connection, auto_declare=False)
 
-    def _drop(self) -> None:
+    def close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(Exception):

@@ -13,8 +13,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from db.records import Holder, Liveness, Row, now
-from tasks import outgoing
+from db.records import Holder, Row, now
 from tasks.broker.ledger import Ledger, ledger_of
 from tasks.job import close_attempt
 from tasks.leftovers import remove_temp_files_of_row
@@ -31,8 +30,6 @@ SETTLED_AFTER_S: Final = 5.0
 LOOK_AGAIN_AFTER_S: Final = 10.0
 PRUNE_EVERY_S: Final = 3600.0
 IN_ONE_LOOK: Final = 5000
-# What the broker did not take is offered again after so long.
-REFUSED_FOR_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,7 @@ class Reconciler:
 
     def __init__(self, app: "MediaTasks") -> None:
         self._app: Final = app
-        self._store: Final = app.store
-        self._outlet: Final = outgoing.Outlet(app)
         self._ledger: Ledger | None = None
-        self._steady_since = time.monotonic()
         self._looked: dict[str, _Look] = {}
         self._prune_due = 0.0
 
@@ -77,23 +71,14 @@ class Reconciler:
         yield from self.expired_jobs()
         yield from self.lost_messages()
 
-    def interrupted(self) -> None:
-        """The database was away: nobody could renew a lease, so silence proves nothing for a while."""
-        self._steady_since = time.monotonic()
-
-    def is_alive(self, lease: str) -> bool:
-        """Whether the holder of this lease lives."""
-        holders = {holder.lease: holder for holder in self._store.holders()}
-        return lease in holders and not self._is_dead(holders[lease])
-
     # The parts
 
     def dead_holders(self) -> Iterator[Finding]:
         """Attempts whose worker died are closed: queued again, or failed after too many deaths."""
-        for holder in self._store.holders():
-            if holder.lease == self._app.lease or not self._is_dead(holder):
+        for holder in self._app.store.holders():
+            if holder.lease == self._app.lease or not self._app.leases.is_dead(holder):
                 continue
-            for row in self._store.held_by(holder):
+            for row in self._app.store.held_by(holder):
                 text = f"its worker {holder.worker_id} is dead; attempt {row['attempt']} is closed"
                 yield Finding(
                     "dead holders", row["job_id"], text, partial(close_attempt, self._app, row, "its worker died")
@@ -102,13 +87,13 @@ class Reconciler:
 
     def untold_ends(self) -> Iterator[Finding]:
         """Chords, chains and errbacks that have not heard of the end of a job."""
-        for row in self._store.unsettled(now() - timedelta(seconds=SETTLED_AFTER_S)):
+        for row in self._app.store.unsettled(now() - timedelta(seconds=SETTLED_AFTER_S)):
             text = f"it is {row['status']}, and what waits for it has not been told"
             yield Finding("untold ends", row["job_id"], text, partial(self._app.backend.tell, row))
 
     def expired_jobs(self) -> Iterator[Finding]:
         """Queued jobs whose time is over are cancelled."""
-        for row in self._store.expired():
+        for row in self._app.store.expired():
             text = f"it expired at {row['expires_at']:%Y-%m-%d %H:%M:%S} UTC"
             yield Finding("expired jobs", row["job_id"], text, partial(self._revoke, row, "expired"))
 
@@ -121,7 +106,7 @@ class Reconciler:
         again; of two messages the guard takes one.
         """
         before = now() - timedelta(seconds=SETTLED_AFTER_S)
-        published = self._store.published(before)
+        published = self._app.store.published(before)
         ledger = self._opened_ledger() if published else None
         if ledger is None:
             return
@@ -130,41 +115,16 @@ class Reconciler:
             ready = ledger.ready(queue)
             for row in self._missing(ledger, queue, ready, jobs, before, reserved):
                 text = f"the broker has no message of it in {queue}; it is published again"
-                again = partial(self._store.republish, row["job_id"], row["publication"], "its message was lost")
+                again = partial(self._app.store.republish, row["job_id"], row["publication"], "its message was lost")
                 yield Finding("lost messages", row["job_id"], text, again)
-
-    def dispatch(self, limit: int) -> int:
-        """Publish the jobs that are due; how many there were."""
-        if (due_s := self._store.next_due_s()) is None or due_s > 0:
-            return 0
-        rows = self._store.take_due(limit)
-        self._outlet.is_away = False
-        for row in rows:
-            # A broker that is away is asked once: each time takes seconds, and another worker may reach it.
-            if self._outlet.is_away or not self._outlet.send(row):
-                self._store.rest(row["job_id"], row["publication"], delay_s=REFUSED_FOR_S)
-        return 0 if self._outlet.is_away else len(rows)
-
-    @property
-    def is_broker_away(self) -> bool:
-        """Whether the broker did not answer the last time that something was to be published."""
-        return self._outlet.is_away
 
     # How they do it
 
-    def _is_dead(self, holder: Holder) -> bool:
-        """A lock that was let go proves a death at once; silence does after a while without an outage."""
-        leases = self._app.leases
-        if leases.judge(holder) is not Liveness.DEAD:
-            return False
-        steady_s = time.monotonic() - self._steady_since
-        return leases.is_let_go(holder) or steady_s >= self._app.settings.lease_timeout_s
-
     def _forget(self, holder: Holder) -> None:
-        for row in self._store.cancelled_under(holder):  # who was to end them has died before it did
+        for row in self._app.store.cancelled_under(holder):  # who was to end them has died before it did
             remove_temp_files_of_row(self._app, row)
-        self._store.worker_lost(holder.worker_id, holder.lease)
-        self._store.forget_lease(holder.lease)
+        self._app.store.worker_lost(holder.worker_id, holder.lease)
+        self._app.store.forget_lease(holder.lease)
 
     def _revoke(self, row: Mapping[str, Any], reason: str) -> None:
         request = request_of_row(row, publication=row["publication"])
@@ -179,7 +139,7 @@ class Reconciler:
         self, ledger: Ledger, queue: str, ready: int, jobs: int, before: datetime, reserved: set[str]
     ) -> list[Mapping[str, Any]]:
         look = self._looked.setdefault(queue, _Look())
-        rows = self._store.published_in(queue, before, after_id=look.after_id, limit=IN_ONE_LOOK)
+        rows = self._app.store.published_in(queue, before, after_id=look.after_id, limit=IN_ONE_LOOK)
         if (held := ledger.held([row["job_id"] for row in rows])) is not None:
             look.after_id = rows[-1]["id"] if len(rows) == IN_ONE_LOOK else 0
             return [row for row in rows if row["job_id"] not in held]
@@ -190,16 +150,16 @@ class Reconciler:
         slots = sum(worker["concurrency"] for worker in live if queue in worker["capabilities"])
         waiting = jobs - (len(rows) - len(unheld))
         is_short = bool(unheld) and (ready == 0 or waiting - ready > slots)
-        suspects = unheld if is_short else look.overtaken(unheld, queue, self._store)
+        suspects = unheld if is_short else look.overtaken(unheld, queue, self._app.store)
         return look.again(suspects)
 
     def _prune(self) -> None:
         if time.monotonic() < self._prune_due:
             return
         before = now() - timedelta(days=self._app.settings.retention_days)
-        if self._store.prune(before) == 0:
+        if self._app.store.prune(before) == 0:
             self._prune_due = time.monotonic() + PRUNE_EVERY_S
-            self._store.forget_ended_pauses()
+            self._app.store.forget_ended_pauses()
             self._app.leases.sweep()
 
 

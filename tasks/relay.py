@@ -10,7 +10,7 @@ How far running jobs are is told twice a second, unconfirmed.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from db.records import Row
@@ -19,10 +19,10 @@ from tasks.sinks.events import LONGEST_RESULT_BYTES, event_of, progress_of
 if TYPE_CHECKING:
     from db.store import Store
     from tasks.celery import MediaTasks
+    from tasks.duty import Duty
 
 logger = logging.getLogger(__name__)
 
-DUTY: Final = "relay"
 # What is written between two looks is told at once: a look costs as much as three events.
 POLL_S: Final = 0.04
 POLL_S_WHEN_IDLE: Final = 0.07
@@ -59,16 +59,12 @@ class Sink(Protocol):
 
 
 class Relay:
-    """One worker's. Call `begin` first; then `round` again and again, from one thread.
+    """One worker's. Call `begin` first; then `round` again and again, from one thread."""
 
-    Args:
-        has_duty: Takes the duty, or finds that another living worker has it.
-    """
-
-    def __init__(self, app: "MediaTasks", sink: Sink, has_duty: Callable[[str], bool]) -> None:
+    def __init__(self, app: "MediaTasks", sink: Sink, duty: "Duty") -> None:
         self._app: Final = app
         self._sink: Final = sink
-        self._has_duty: Final = has_duty
+        self._duty: Final = duty
         self._look_at_duty = self._look_at_progress = self._look_anyway = self._record_at = self._idle_at = 0.0
         self._has_begun = False
         self._news: object = None
@@ -84,7 +80,7 @@ class Relay:
     def begin(self) -> None:
         """Fix where the log is told from, if it never was: before this worker can claim a job."""
         if not self._has_begun:
-            self._app.store.begin_relay(DUTY)
+            self._app.store.begin_relay(self._duty.name)
             self._has_begun = True
 
     def round(self) -> float:
@@ -115,18 +111,18 @@ class Relay:
             self._record()
         self._log = None
         self._look_at_duty = 0.0
-        self._app.store.leave_duty(DUTY, self._app.leases.mine)
+        self._duty.leave()
 
     def _keeps_duty(self) -> bool:
         if self._log is not None and time.monotonic() < self._look_at_duty:
             return True
-        if not self._has_duty(DUTY):
+        if not self._duty.is_held():
             self._log = None
             return False
         self._look_at_duty = time.monotonic() + LOOK_AT_DUTY_S
         if self._log is None:
             self._record()
-            position = self._app.store.relay_position(DUTY, self._app.leases.mine)
+            position = self._app.store.relay_position(self._duty.name, self._app.leases.mine)
             if position is None:
                 return False
             logger.info("this worker tells the events of all jobs, from log row %d on", position + 1)
@@ -140,7 +136,7 @@ class Relay:
         if position is None or (at < self._record_at and not at_once):
             return
         self._record_at = at + RECORD_EVERY_S
-        if not self._app.store.relay_reached(DUTY, self._app.leases.mine, position):
+        if not self._app.store.relay_reached(self._duty.name, self._app.leases.mine, position):
             self._log = None
         self._told = None
 

@@ -17,8 +17,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db.records import Holder, now
 from tasks import request
+from tasks.duty import Duty
 from tasks.job import close_attempt
 from tasks.mirror import Mirror
+from tasks.outgoing import Dispatcher
 from tasks.reconciler import Reconciler
 
 if TYPE_CHECKING:
@@ -29,9 +31,7 @@ logger = logging.getLogger(__name__)
 ROUND_S: Final = 1.0
 STOP_WITHIN_S: Final = 2.0
 LOOK_FOR_DEAD_CHILDREN_S: Final = 0.25
-SHORTEST_WAIT_S: Final = 0.02
 DUTY: Final = "reconciler"
-PUBLISHED_AT_ONCE: Final = 500
 
 
 class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
@@ -44,22 +44,23 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._app: Final[MediaTasks] = worker.app
         self._worker: Final = worker
         self._mirror: Final = Mirror(worker.app, worker)
-        worker.upkeep = self
-
-    def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
-        self._reconciler = Reconciler(self._app)
+        self._duty: Final = Duty(worker.app, DUTY)
+        self._reconciler: Final = Reconciler(worker.app)
+        self._dispatcher: Final = Dispatcher(worker.app)
         self._beat_due = self._reconcile_due = 0.0
         self._unclaimed: set[tuple[str, int]] = set()
-        self._paused = self._mirror.paused
         self._seen_at = now()
-        self._stopping = threading.Event()
-        self._mirror.say("started")
-        # Two threads: a broker that does not answer must not keep the lease from being renewed.
+        self._stopping: Final = threading.Event()
+        # Two: a broker that does not answer must not keep the lease from being renewed.
         rounds = {"upkeep": self.round, "housekeeping": self.keep_house}
-        self._threads = [
+        self._threads: Final = [
             threading.Thread(target=self._repeat, args=(name, call), name=name, daemon=True)
             for name, call in rounds.items()
         ]
+        worker.upkeep = self
+
+    def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
+        self._mirror.say("started")
         for thread in self._threads:
             thread.start()
 
@@ -73,7 +74,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             thread.join(timeout=STOP_WITHIN_S)
         self._mirror.status = "stopped"
         self._mirror.say("stopped")
-        for leave in (self._leave_duty, self._app.leases.release):
+        for leave in (self._duty.leave, self._app.leases.release):
             try:
                 leave()
             except SQLAlchemyError as exc:
@@ -111,7 +112,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
                 if not is_silent:
                     logger.warning("%s: the job database does not answer: %s", name, exc)
                 is_silent = True
-                self._reconciler.interrupted()
+                self._app.leases.interrupted()
                 self._app.outage_at = time.monotonic()
             except OperationalError as exc:
                 logger.warning("%s: the broker does not answer: %s", name, exc)
@@ -135,37 +136,17 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         """What one worker does for all, if this is the one; seconds until the next round."""
         seen_at, self._seen_at = self._seen_at, now()
         if abs((self._seen_at - seen_at).total_seconds()) > self._app.settings.lease_timeout_s:
-            self._reconciler.interrupted()  # the machine slept, or its clock was set: others are late, too
-        if not self.has_duty(DUTY):
+            self._app.leases.interrupted()  # the machine slept, or its clock was set: others are late, too
+        if not self._duty.is_held():
             return ROUND_S
         if time.monotonic() >= self._reconcile_due:
             self._reconcile_due = time.monotonic() + self._app.settings.lease_renew_s
             self._reconciler.round()
-        wait_s = self._dispatch()
-        if self._reconciler.is_broker_away:
-            self._leave_duty()
+        wait_s = self._dispatcher.round()
+        if self._dispatcher.is_broker_away:
+            self._duty.leave()
             return 2 * ROUND_S  # so that a worker which reaches the broker gets it
         return wait_s
-
-    def _dispatch(self) -> float:
-        """Publish what is due; seconds until the next job is."""
-        if self._reconciler.dispatch(PUBLISHED_AT_ONCE) >= PUBLISHED_AT_ONCE:
-            return 0.0
-        due_s = self._app.store.next_due_s()
-        return min(max(ROUND_S if due_s is None else due_s, SHORTEST_WAIT_S), ROUND_S)
-
-    def has_duty(self, name: str) -> bool:
-        """Whether this worker has a duty; it takes one that nobody alive has."""
-        store, lease = self._app.store, self._app.leases.mine
-        holder = store.duty_holder(name)
-        if holder == lease:
-            return True
-        if holder is not None and self._reconciler.is_alive(holder):
-            return False
-        return store.take_duty(name, lease, after=holder)
-
-    def _leave_duty(self) -> None:
-        self._app.store.leave_duty(DUTY, self._app.leases.mine)
 
     def _stop_cancelled(self) -> None:
         """End the processes of jobs that were cancelled while they ran."""
@@ -196,11 +177,11 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         paused = set(self._app.store.paused_queues())
         for queue in paused & set(self._app.amqp.queues.consume_from):
             logger.warning("the queue %s is paused", queue)
-            self._paused.add(queue)
+            self._mirror.paused.add(queue)
             self._soon(consumer.cancel_task_queue, queue)
-        for queue in self._paused - paused:
+        for queue in self._mirror.paused - paused:
             logger.warning("the queue %s is resumed", queue)
-            self._paused.discard(queue)
+            self._mirror.paused.discard(queue)
             self._soon(consumer.add_task_queue, queue)
 
     def _soon(self, call: Callable[..., Any], *args: Any) -> None:

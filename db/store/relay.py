@@ -12,7 +12,7 @@ from typing import Final
 
 from sqlalchemy import Text, bindparam, case, cast, func, or_, select, text, update
 
-from db.models import duties, task_logs, task_queue, worker_leases
+from db.models import duties, task_logs, task_queue
 from db.records import Row, now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part
@@ -107,13 +107,6 @@ class Relaying(Part):
         moved = update(duties).where(duties.c.name == duty, duties.c.holder == lease).values(position=further)
         with self._changing() as connection:
             return connection.execute(moved).rowcount == 1
-
-    def silent_holder(self, duty: str, silent_s: float) -> str | None:
-        """The lease that holds a duty, if it was not renewed for so long; it may live nevertheless."""
-        holder = select(duties.c.holder).join(worker_leases, worker_leases.c.lease == duties.c.holder)
-        is_silent = worker_leases.c.renewed_at < self._clock(silent_s)
-        with self._reading() as connection:
-            return connection.scalar(holder.where(duties.c.name == duty, is_silent))
 
     def changes(self, after: int, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int) -> list[Row]:
         """Log rows after a position, and those that came to be seen in the `missing` ranges of ids, in order.

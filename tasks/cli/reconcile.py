@@ -45,7 +45,7 @@ def reconcile(app: "MediaTasks", is_dry: bool, is_json: bool) -> None:
             say(finding.part, finding.subject, finding.text, outcome)
         if outcome == "mended":
             mended.add(finding.subject)
-    for part, subject, text in _doubts(app, reconciler):
+    for part, subject, text in _doubts(app):
         say(part, subject, text, "uncertain")
     for part, subject, text in _notes(app):
         if subject not in mended:  # mending it has left its old message behind
@@ -84,9 +84,9 @@ def _mended(finding: "Finding") -> str:
         return "failed"
 
 
-def _doubts(app: "MediaTasks", reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
+def _doubts(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
     """What may be wrong and can't be proved by one look; a worker that looks on will tell."""
-    yield from _silent_holders(app, reconciler)
+    yield from _silent_holders(app)
     yield from _short_queues(app)
     for queue, text in surplus_messages(app):
         yield "stray messages", queue, text
@@ -102,11 +102,9 @@ def _notes(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
         yield "stray messages", job_id, text
 
 
-def _silent_holders(app: "MediaTasks", reconciler: "Reconciler") -> Iterator[tuple[str, str, str]]:
-    from db.records import Liveness
-
+def _silent_holders(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
     for holder in app.store.holders():
-        if app.leases.judge(holder) is Liveness.DEAD and reconciler.is_alive(holder.lease):
+        if app.leases.seems_dead(holder) and not app.leases.is_dead(holder):
             text = f"silent since {holder.renewed_at:%Y-%m-%d %H:%M:%S} UTC; whether it is dead, only a worker can tell"
             yield "dead holders", holder.worker_id, f"{text} that looks for {app.settings.lease_timeout_s:g} s"
 

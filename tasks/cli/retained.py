@@ -83,11 +83,11 @@ def _retained(app: "MediaTasks") -> list[str] | None:
 
 def _known(app: "MediaTasks") -> dict[str, Known]:
     """{topic: its worker}"""
-    from db.records import Liveness, now
+    from db.records import now
     from tasks.reconciler import SETTLED_AFTER_S
     from tasks.sinks.topics import capability_topic
 
-    dead = {holder.lease for holder in app.store.holders() if app.leases.judge(holder) is Liveness.DEAD}
+    dead = {holder.lease for holder in app.store.holders() if app.leases.seems_dead(holder)}
     alive = {worker["worker_id"] for worker in app.live_workers() if worker["lease"] not in dead}
     settled_since = now() - timedelta(seconds=SETTLED_AFTER_S)
     known: dict[str, Known] = {}

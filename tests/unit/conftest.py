@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tasks import app as media_tasks
+from tasks.outgoing import Dispatcher
 from tasks.reconciler import Reconciler
 from tests.acceptance.deployment import Deployment, deployed
 from tests.unit.jobs import Clock
@@ -51,9 +52,10 @@ def leases_of_its_own() -> Iterator[None]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Puts the reconciler's clock forward: `clock.pass_s(10)`."""
+    """Puts the clock of who judges others forward: `clock.pass_s(10)`."""
     clock = Clock()
-    monkeypatch.setattr("tasks.reconciler.time", clock)
+    for module in ("tasks.reconciler", "tasks.leases"):
+        monkeypatch.setattr(f"{module}.time", clock)
     return clock
 
 
@@ -62,7 +64,13 @@ def reconciler(producer: Deployment, clock: Clock) -> Iterator[Reconciler]:
     """The parts of a reconciler, to be called directly; `clock` is its clock."""
     reconciler = Reconciler(producer.app)
     yield reconciler
-    reconciler._outlet._drop()
     store: Any = getattr(reconciler._ledger, "_store", None)
     if store is not None:
         store.close()
+
+
+@pytest.fixture
+def dispatcher(producer: Deployment) -> Iterator[Dispatcher]:
+    dispatcher = Dispatcher(producer.app)
+    yield dispatcher
+    dispatcher.close()

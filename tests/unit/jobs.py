@@ -24,6 +24,9 @@ class Clock:
     def monotonic(self) -> float:
         return time.monotonic() + self._ahead_s
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
     def pass_s(self, seconds: float) -> None:
         self._ahead_s += seconds
 

@@ -98,12 +98,12 @@ def test_a_queued_job_that_is_cancelled_never_starts_and_says_why(producer, add)
     assert job.state == "REVOKED"
 
 
-def test_a_resting_job_that_is_cancelled_is_never_sent(producer, reconciler, add):
+def test_a_resting_job_that_is_cancelled_is_never_sent(producer, dispatcher, add):
     job = add.apply_async((1, 1), countdown=60)
     control.cancel(job.id)
     change(producer.app, job, run_after_utc=now())
 
-    assert (reconciler.dispatch(10), messages(producer, "add")) == (0, [])
+    assert (dispatcher.publish_due(10), messages(producer, "add")) == (0, [])
 
 
 def test_a_running_job_that_is_cancelled_loses_its_attempt(producer, app, add):
@@ -269,7 +269,7 @@ def test_what_is_no_id_is_refused(producer, do, job_id):
 
 @pytest.mark.parametrize("do", [control.replay, control.retry])
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
-def test_a_job_that_ended_badly_runs_again_as_new(producer, app, reconciler, add, do, end):
+def test_a_job_that_ended_badly_runs_again_as_new(producer, app, dispatcher, add, do, end):
     job = add.delay(1, 1)
     messages(producer, "add")
     change(app, job, deaths=2, retry_count=2)
@@ -280,7 +280,7 @@ def test_a_job_that_ended_badly_runs_again_as_new(producer, app, reconciler, add
     row = producer.row(job)
     assert (row["status"], row["deaths"], row["retry_count"], row["error_type"]) == ("queued", 0, 0, None)
     assert producer.events(job) == ["created", end, "replayed"]
-    assert reconciler.dispatch(10) == 1
+    assert dispatcher.publish_due(10) == 1
     assert publications(producer, "add") == [(job.id, 2)]
     assert run(add, job.id, 1, 1, publication=2) == 2
 
@@ -295,29 +295,29 @@ def test_a_job_that_waits_or_works_is_not_run_again(producer, app, add, do):
     assert statuses(producer, waiting, working, done) == ["queued", "running", "completed"]
 
 
-def test_a_job_that_rests_until_its_retry_can_be_run_at_once(producer, app, reconciler, add):
+def test_a_job_that_rests_until_its_retry_can_be_run_at_once(producer, app, dispatcher, add):
     job = add.delay(1, 1)
     messages(producer, "add")
     attempt = claimed_by(app, job)
     due = now() + timedelta(seconds=600)
     app.store.requeue(job.id, attempt=attempt, event="retry", retry_count=1, run_after_utc=due)
-    assert reconciler.dispatch(10) == 0
+    assert dispatcher.publish_due(10) == 0
 
     assert control.retry(job.id)
 
-    assert reconciler.dispatch(10) == 1
+    assert dispatcher.publish_due(10) == 1
     assert publications(producer, "add") == [(job.id, producer.row(job)["publication"])]
     assert producer.row(job)["retry_count"] == 1
 
 
-def test_what_failed_with_a_job_follows_its_replay(producer, reconciler, add):
+def test_what_failed_with_a_job_follows_its_replay(producer, dispatcher, add):
     last = chain(add.s(1, 1), add.s(2))()
     failed(producer, last.parent)
     assert statuses(producer, last.parent, last) == ["failed", "failed"]
     messages(producer, "add")
 
     control.replay(last.parent.id)
-    reconciler.dispatch(10)
+    dispatcher.publish_due(10)
     (message,) = messages(producer, "add")
     chain_of_it = message.payload[2]["chain"]
     assert run(add, last.parent.id, 1, 1, publication=2, chain=chain_of_it) == 2

@@ -238,16 +238,16 @@ def test_headers_of_the_caller_are_kept_in_the_row(producer, add):
 
 
 def test_with_the_outbox_the_row_is_enough_and_a_worker_sends_the_message(server_dir, tmp_path):
-    from tasks.reconciler import Reconciler
+    from tasks.outgoing import Dispatcher
 
     with deployed(server_dir, tmp_path, {"ENQUEUE": "outbox"}) as deployment:
         job = deployment.task.add.apply_async((1, 2), priority=8)
         assert not list(server_dir.glob("broker.db"))
         assert (deployment.row(job)["status"], deployment.row(job)["published_at"]) == ("queued", None)
 
-        reconciler = Reconciler(deployment.app)
-        assert reconciler.dispatch(10) == 1
-        reconciler._outlet._drop()
+        dispatcher = Dispatcher(deployment.app)
+        assert dispatcher.publish_due(10) == 1
+        dispatcher.close()
 
         (message,) = messages(deployment, "add")
         assert (message.headers["id"], message.headers["publication"]) == (job.id, 1)

@@ -16,6 +16,7 @@ from tasks.errors import SettingsError
 from tasks.leases import Leases
 from tests.unit.jobs import claimed_by
 
+STEADY_S = 15.0  # LEASE_TIMEOUT_S
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
@@ -47,8 +48,11 @@ def process_with_lease(server_dir, worker_id="other"):
 
 
 @pytest.fixture
-def leases(producer):
-    return producer.app.leases
+def leases(producer, clock):
+    """Those of a process that has seen the database answer for a while."""
+    leases = producer.app.leases
+    clock.pass_s(STEADY_S)
+    return leases
 
 
 def holder_of(producer, worker_id):
@@ -62,7 +66,7 @@ def test_a_worker_that_holds_its_lock_lives(producer, leases):
     holder = holder_of(producer, producer.app.worker_id)
     assert holder.lease == producer.app.lease
     assert leases.judge(holder) is Liveness.ALIVE
-    assert not leases.is_let_go(holder)
+    assert not leases.seems_dead(holder)
 
 
 def test_a_lease_that_was_given_back_leaves_neither_row_nor_file(producer, leases):
@@ -93,7 +97,6 @@ def test_a_worker_whose_lock_file_was_tidied_away_lives_while_it_renews(producer
     holder = holder_of(producer, producer.app.worker_id)
     (producer.server_dir / "leases" / holder.lease).unlink()
 
-    assert not leases.is_let_go(holder)
     assert leases.judge(holder) is Liveness.UNCERTAIN
     assert leases.judge(silent_for(16, holder.lease, holder.host_id)) is Liveness.DEAD
 
@@ -159,7 +162,8 @@ def test_another_process_of_this_host_lives_until_it_is_killed(producer, leases)
         process.wait()
 
     assert leases.judge(holder) is Liveness.DEAD
-    assert leases.is_let_go(holder)
+    leases.interrupted()
+    assert leases.is_dead(holder)  # a lock that was let go needs no steady time
 
 
 @pytest.mark.parametrize(("silent_s", "liveness"), [(59, Liveness.ALIVE), (61, Liveness.DEAD)])
@@ -168,7 +172,6 @@ def test_a_process_that_holds_its_lock_but_is_stopped_counts_as_dead_after_a_min
     silent = silent_in_its_file(leases, silent_s)
 
     assert leases.judge(silent) is liveness
-    assert not leases.is_let_go(silent)
 
 
 @pytest.mark.parametrize(("silent_s", "liveness"), [(0, Liveness.UNCERTAIN), (14, Liveness.UNCERTAIN)])
@@ -180,7 +183,47 @@ def test_a_worker_elsewhere_is_dead_once_its_lease_is_over(leases):
     silent = silent_for(16, "x", "another host")
 
     assert leases.judge(silent) is Liveness.DEAD
-    assert not leases.is_let_go(silent)
+
+
+# Outages
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_after_an_outage_silence_proves_nothing_for_a_while(leases, clock, is_here):
+    leases.take()
+    silent = silent_in_its_file(leases, 61) if is_here else silent_for(61, "x", "another host")
+    assert leases.judge(silent) is Liveness.DEAD
+
+    leases.interrupted()
+
+    assert leases.judge(silent) is (Liveness.ALIVE if is_here else Liveness.UNCERTAIN)
+    assert leases.seems_dead(silent)
+    clock.pass_s(STEADY_S - 1)
+    assert not leases.is_dead(silent)
+    clock.pass_s(1)
+    assert leases.judge(silent) is Liveness.DEAD
+
+
+def test_who_has_just_begun_knows_of_no_silence(producer):
+    assert producer.app.leases.judge(silent_for(61, "x", "another host")) is Liveness.UNCERTAIN
+
+
+def test_a_pool_child_knows_of_an_outage_what_its_main_process_saw(leases):
+    silent = silent_for(61, "x", "another host")
+    reading, writing = os.pipe()
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.read(reading, 1)
+            os._exit([Liveness.DEAD, Liveness.UNCERTAIN].index(leases.judge(silent)))
+        finally:
+            os._exit(2)
+    leases.interrupted()
+    os.write(writing, b"x")
+
+    os.close(reading), os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 def test_two_directories_are_two_hosts(producer, leases, tmp_path, monkeypatch):

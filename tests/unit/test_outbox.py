@@ -17,7 +17,7 @@ from db import schema
 from db.records import now
 from tasks import outbox
 from tasks.errors import InvalidArguments, PermanentError, UnknownTask
-from tasks.reconciler import Reconciler
+from tasks.outgoing import Dispatcher
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import change, messages, run
 
@@ -130,9 +130,9 @@ def uploads(host):
 
 
 def dispatched(host):
-    reconciler = Reconciler(host.app)
-    sent = reconciler.dispatch(10)
-    reconciler._outlet._drop()
+    dispatcher = Dispatcher(host.app)
+    sent = dispatcher.publish_due(10)
+    dispatcher.close()
     return sent
 
 

@@ -33,7 +33,7 @@ def worker_status(app, worker_id):
 # Dead holders
 
 
-def test_a_job_of_a_dead_worker_is_queued_again_under_the_next_publication(producer, reconciler, add):
+def test_a_job_of_a_dead_worker_is_queued_again_under_the_next_publication(producer, reconciler, dispatcher, add):
     job = add.delay(1, 1)
     attempt = claimed_by(producer.app, job)
     messages(producer, "add")
@@ -43,11 +43,11 @@ def test_a_job_of_a_dead_worker_is_queued_again_under_the_next_publication(produ
     row = producer.row(job)
     assert (row["status"], row["publication"], row["attempt"], row["deaths"]) == ("queued", 2, attempt + 1, 1)
     assert producer.events(job)[-1] == "lost"
-    assert reconciler.dispatch(10) == 1
+    assert dispatcher.publish_due(10) == 1
     assert publications(producer, "add") == [(job.id, 2)]
 
 
-def test_a_job_that_kills_its_workers_fails_after_the_third_and_says_why(producer, reconciler, add):
+def test_a_job_that_kills_its_workers_fails_after_the_third_and_says_why(producer, reconciler, dispatcher, add):
     job = add.delay(1, 1)
 
     for deaths in (1, 2, 3):
@@ -58,7 +58,7 @@ def test_a_job_that_kills_its_workers_fails_after_the_third_and_says_why(produce
     row = producer.row(job)
     assert (row["status"], row["error_type"]) == ("failed", "WorkerLost")
     assert row["error_message"].startswith("3 workers died while running this job")
-    assert reconciler.dispatch(10) == 0
+    assert dispatcher.publish_due(10) == 0
 
 
 def test_only_the_temp_files_of_the_dead_attempt_are_removed(producer, reconciler, tmp_path):
@@ -142,7 +142,6 @@ def test_the_living_are_left_alone(producer, app, reconciler, add):
     lease, app.lease = app.lease, "another worker's"
     try:
         assert list(reconciler.dead_holders()) == []
-        assert reconciler.is_alive(lease)
     finally:
         app.lease = lease
 
@@ -154,14 +153,13 @@ def test_a_worker_elsewhere_is_judged_only_when_the_database_was_there_for_a_whi
     assert list(reconciler.dead_holders()) == []
     clock.pass_s(16)
     assert len(list(reconciler.dead_holders())) == 2
-    reconciler.interrupted()
+    app.leases.interrupted()
     assert list(reconciler.dead_holders()) == []
-    assert reconciler.is_alive("lease of far")
 
 
 def test_a_lock_that_was_let_go_needs_no_steady_time(app, reconciler, add):
     claimed_by(app, add.delay(1, 1), "near")
-    reconciler.interrupted()
+    app.leases.interrupted()
 
     assert len(list(reconciler.dead_holders())) == 2
 
@@ -197,7 +195,9 @@ def test_what_can_not_be_mended_does_not_keep_the_rest_from_it(producer, app, re
 # Untold ends
 
 
-def test_a_chord_whose_last_member_died_before_it_published_the_body_publishes_it(producer, app, reconciler, add):
+def test_a_chord_whose_last_member_died_before_it_published_the_body_publishes_it(
+    producer, app, reconciler, dispatcher, add
+):
     body = chord([add.s(1, 1), add.s(2, 2)], producer.task.total.s())()
     for job, value in zip(body.parent.results, (2, 4), strict=True):
         app.store.complete(job.id, claim(app.store, new_job(job.id)).attempt, value)
@@ -205,7 +205,7 @@ def test_a_chord_whose_last_member_died_before_it_published_the_body_publishes_i
 
     assert set(mend(reconciler.untold_ends())) == {job.id for job in body.parent.results}
     assert publications(producer, "total") == [], "this thread leaves the broker to the dispatcher"
-    assert reconciler.dispatch(10) == 1
+    assert dispatcher.publish_due(10) == 1
 
     assert publications(producer, "total") == [(body.id, 1)]
     assert producer.row(body)["parameters"] == {"numbers": [2, 4]}

@@ -1,4 +1,4 @@
-"""Messages that the broker lost, and those that are due."""
+"""Messages that the broker lost, or holds for nobody."""
 
 import json
 import sqlite3
@@ -17,7 +17,6 @@ from tasks.broker.ledger import ledger_of
 from tasks.cli import strays
 from tasks.cli.reconcile import reconcile
 from tasks.errors import CorruptMedia
-from tasks.reconciler import Reconciler
 from tasks.rows import describe
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, new_job, publications
@@ -32,7 +31,7 @@ def settled(app, *jobs):
 # Lost messages, embedded broker
 
 
-def test_exactly_the_jobs_without_a_message_are_published_again(producer, app, reconciler, add):
+def test_exactly_the_jobs_without_a_message_are_published_again(producer, app, reconciler, dispatcher, add):
     lost = add.delay(1, 1)
     messages(producer, "add")
     kept = add.delay(2, 2)
@@ -40,7 +39,7 @@ def test_exactly_the_jobs_without_a_message_are_published_again(producer, app, r
 
     assert mend(reconciler.lost_messages()) == [lost.id]
 
-    assert reconciler.dispatch(10) == 1
+    assert dispatcher.publish_due(10) == 1
     assert sorted(publications(producer, "add")) == sorted([(kept.id, 1), (lost.id, 2)])
     assert producer.events(lost) == ["created", "republished"]
 
@@ -69,7 +68,9 @@ def test_a_message_that_a_worker_has_reserved_is_not_lost(producer, app, reconci
         assert list(reconciler.lost_messages()) == []
 
 
-def test_a_broker_file_that_was_deleted_is_made_anew_and_filled_from_the_rows(producer, app, reconciler, add):
+def test_a_broker_file_that_was_deleted_is_made_anew_and_filled_from_the_rows(
+    producer, app, reconciler, dispatcher, add
+):
     jobs = [add.delay(n, n) for n in range(3)]
     settled(app, *jobs)
     assert list(reconciler.lost_messages()) == []
@@ -79,7 +80,7 @@ def test_a_broker_file_that_was_deleted_is_made_anew_and_filled_from_the_rows(pr
 
     assert mend(reconciler.lost_messages()) == [job.id for job in jobs]
 
-    assert reconciler.dispatch(10) == 3
+    assert dispatcher.publish_due(10) == 3
     assert publications(producer, "add") == [(job.id, 2) for job in jobs]
 
 
@@ -399,121 +400,3 @@ def test_more_lost_messages_than_one_look_takes_are_all_found_in_the_end(
         clock.pass_s(5)
 
     assert [app.store.job(job.id)["publication"] for job in jobs] == [2] * 5
-
-
-# Dispatch
-
-
-def test_a_job_is_sent_when_it_is_due_and_not_before(producer, app, reconciler, add):
-    job = add.apply_async((1, 1), countdown=60, priority=7)
-    assert (reconciler.dispatch(10), messages(producer, "add")) == (0, [])
-
-    change(app, job, run_after_utc=now())
-
-    assert reconciler.dispatch(10) == 1
-    (message,) = messages(producer, "add")
-    assert (message.headers["id"], message.headers["publication"]) == (job.id, 1)
-    assert message.properties["priority"] == 7
-    assert message.headers["eta"] is None
-    assert producer.row(job)["published_at"] is not None
-    assert reconciler.dispatch(10) == 0
-
-
-def test_higher_priorities_are_sent_first_and_no_more_than_asked_for(producer, app, reconciler, add):
-    jobs = {priority: add.apply_async((1, 1), countdown=60, priority=priority) for priority in (1, 10, 5)}
-    for job in jobs.values():
-        change(app, job, run_after_utc=now())
-
-    assert reconciler.dispatch(2) == 2
-    assert [job_id for job_id, _ in publications(producer, "add")] == [jobs[10].id, jobs[5].id]
-    assert reconciler.dispatch(2) == 1
-
-
-def test_jobs_of_a_paused_queue_go_on_resting(producer, app, reconciler, add):
-    job = add.apply_async((1, 1), countdown=60)
-    change(app, job, run_after_utc=now())
-    app.store.pause("add")
-
-    assert (reconciler.dispatch(10), messages(producer, "add")) == (0, [])
-    app.store.resume("add")
-    assert reconciler.dispatch(10) == 1
-
-
-def test_a_job_that_the_broker_refuses_rests_again_and_is_sent_later(producer, app, reconciler, add):
-    job = add.apply_async((1, 1), countdown=60)
-    change(app, job, run_after_utc=now())
-    send = app.amqp.send_task_message
-
-    def refuse(*args, **options):
-        raise OperationalError("refused")
-
-    app.amqp.__dict__["send_task_message"] = refuse
-    reconciler.dispatch(10)
-    assert (producer.row(job)["status"], producer.row(job)["published_at"]) == ("queued", None)
-
-    app.amqp.__dict__["send_task_message"] = send
-    change(app, job, run_after_utc=now())
-    assert reconciler.dispatch(10) == 1
-    assert publications(producer, "add") == [(job.id, producer.row(job)["publication"])]
-
-
-def test_a_broker_that_is_away_is_asked_once_a_round_and_not_for_each_job(server_dir, tmp_path, monkeypatch):
-    """The upkeep's thread renews the lease too: it must not spend two seconds on each of 500 jobs."""
-    asked = []
-
-    class Connection:
-        connection_errors = (ConnectionError,)
-
-        def ensure_connection(self, **_):
-            asked.append(self)
-            raise OperationalError("refused")
-
-        def release(self):
-            pass
-
-    with deployed(server_dir, tmp_path, {"ENQUEUE": "outbox"}) as deployment:
-        jobs = [deployment.task.add.delay(n, n) for n in range(5)]
-        monkeypatch.setattr(deployment.app, "connection_for_write", Connection)
-        Reconciler(deployment.app).dispatch(500)
-
-        assert len(asked) == 1
-        assert [deployment.row(job)["published_at"] for job in jobs] == [None] * 5
-
-
-def test_a_job_that_the_broker_refused_is_not_due_again_at_once(producer, app, reconciler, add, monkeypatch):
-    job = add.apply_async((1, 1), countdown=60)
-    change(app, job, run_after_utc=now())
-    monkeypatch.setattr(app, "publish", lambda *args, **options: 1 / 0)
-
-    reconciler.dispatch(10)
-
-    assert app.store.next_due_s() > 0.5
-
-
-def test_a_job_that_can_not_be_sent_does_not_keep_others_from_it(producer, app, reconciler, add, monkeypatch):
-    bad, good = add.apply_async((1, 1), countdown=60, priority=10), add.apply_async((2, 2), countdown=60)
-    for job in (bad, good):
-        change(app, job, run_after_utc=now())
-    publish = app.publish
-
-    def publish_but_the_first(*args, options, **more):
-        if options["task_id"] == bad.id:
-            raise ValueError("it is too large")
-        publish(*args, options=options, **more)
-
-    monkeypatch.setattr(app, "publish", publish_but_the_first)
-    reconciler.dispatch(10)
-
-    assert publications(producer, "add") == [(good.id, 1)]
-    assert producer.row(bad)["published_at"] is None
-
-
-def test_headers_of_the_caller_are_sent_again(producer, app, reconciler, add):
-    job = add.apply_async((1, 1), headers={"trace": "abc", "publication": 99})
-    change(app, job, published_at=None, publication=2, run_after_utc=now())
-    messages(producer, "add")
-
-    reconciler.dispatch(10)
-
-    (message,) = messages(producer, "add")
-    assert (message.headers["trace"], message.headers["publication"]) == ("abc", 2)

@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError
 from db.records import Failure, NewJob, Status
 from tasks import control
 from tasks.broadcast import Broadcast
+from tasks.duty import Duty
 from tasks.relay import Relay
 
 
@@ -56,11 +57,7 @@ def sink():
 
 @pytest.fixture
 def relay(producer, store, sink):
-    def has_duty(name):
-        holder, lease = store.duty_holder(name), producer.app.lease
-        return holder == lease or store.take_duty(name, lease, after=holder)
-
-    relay = Relay(producer.app, sink, has_duty)
+    relay = Relay(producer.app, sink, Duty(producer.app, "relay"))
     relay.round()
     return relay
 
@@ -158,8 +155,8 @@ def test_a_relay_that_lost_its_duty_tells_no_more(relay, store, sink, producer):
     relay.round()
     sink.taken()
     sink.confirm()
+    store.renew_lease("other", "other", "another host")
     store.take_duty("relay", "other", after=producer.app.lease)
-    relay._has_duty = lambda name: False
     enqueue(store, "b")
 
     go(relay, sink)
@@ -186,7 +183,7 @@ def first_told(producer, store, sink):
     """A function: what the first relay of these tables tells of what is in them, as (job_id, sequence)."""
 
     def first_told():
-        relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
+        relay = Relay(producer.app, sink, Duty(producer.app, "relay"))
         relay.begin()
         relay.round()
         return [(event["job_id"], event["sequence"]) for event in sink.taken()]
@@ -227,7 +224,7 @@ def test_what_is_written_for_a_dead_attempt_does_not_hide_what_was_submitted_bef
 
 def test_where_the_first_relay_begins_is_fixed_once(producer, store, sink, first_told):
     enqueue(store, "before")
-    Relay(producer.app, sink, lambda name: False).begin()
+    Relay(producer.app, sink, Duty(producer.app, "relay")).begin()
     store.complete("before", claim(store, "before"), {})
 
     assert first_told() == [("before", number) for number in (1, 2, 3, 4)]
@@ -236,7 +233,7 @@ def test_where_the_first_relay_begins_is_fixed_once(producer, store, sink, first
 def test_what_happens_while_the_broker_is_away_from_the_very_first_start_on_is_told_when_it_comes(
     producer, store, sink
 ):
-    relay = Relay(producer.app, sink, lambda name: store.take_duty(name, producer.app.lease, after=None))
+    relay = Relay(producer.app, sink, Duty(producer.app, "relay"))
     sink.is_open = False
 
     relay.round()
@@ -420,9 +417,3 @@ class TestNews:
         relay._idle_at = 0.0
 
         assert busy < relay.round() < 0.1
-
-
-def test_a_holder_is_silent_when_its_lease_was_not_renewed(relay, store, producer):
-    assert store.silent_holder("relay", 60) is None
-    assert store.silent_holder("relay", -60) == producer.app.lease
-    assert store.silent_holder("another duty", -60) is None

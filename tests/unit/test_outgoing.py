@@ -1,0 +1,148 @@
+"""Jobs that rest in their rows are sent when they are due."""
+
+from datetime import timedelta
+
+import pytest
+from kombu.exceptions import OperationalError
+
+from db.records import now
+from tasks.outgoing import Dispatcher
+from tests.acceptance.deployment import deployed
+from tests.unit.jobs import change, messages, publications
+
+
+def test_a_job_is_sent_when_it_is_due_and_not_before(producer, app, dispatcher, add):
+    job = add.apply_async((1, 1), countdown=60, priority=7)
+    assert (dispatcher.publish_due(10), messages(producer, "add")) == (0, [])
+
+    change(app, job, run_after_utc=now())
+
+    assert dispatcher.publish_due(10) == 1
+    (message,) = messages(producer, "add")
+    assert (message.headers["id"], message.headers["publication"]) == (job.id, 1)
+    assert message.properties["priority"] == 7
+    assert message.headers["eta"] is None
+    assert producer.row(job)["published_at"] is not None
+    assert dispatcher.publish_due(10) == 0
+
+
+def test_higher_priorities_are_sent_first_and_no_more_than_asked_for(producer, app, dispatcher, add):
+    jobs = {priority: add.apply_async((1, 1), countdown=60, priority=priority) for priority in (1, 10, 5)}
+    for job in jobs.values():
+        change(app, job, run_after_utc=now())
+
+    assert dispatcher.publish_due(2) == 2
+    assert [job_id for job_id, _ in publications(producer, "add")] == [jobs[10].id, jobs[5].id]
+    assert dispatcher.publish_due(2) == 1
+
+
+def test_jobs_of_a_paused_queue_go_on_resting(producer, app, dispatcher, add):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+    app.store.pause("add")
+
+    assert (dispatcher.publish_due(10), messages(producer, "add")) == (0, [])
+    app.store.resume("add")
+    assert dispatcher.publish_due(10) == 1
+
+
+def test_a_job_that_the_broker_refuses_rests_again_and_is_sent_later(producer, app, dispatcher, add):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+    send = app.amqp.send_task_message
+
+    def refuse(*args, **options):
+        raise OperationalError("refused")
+
+    app.amqp.__dict__["send_task_message"] = refuse
+    dispatcher.publish_due(10)
+    assert (producer.row(job)["status"], producer.row(job)["published_at"]) == ("queued", None)
+
+    app.amqp.__dict__["send_task_message"] = send
+    change(app, job, run_after_utc=now())
+    assert dispatcher.publish_due(10) == 1
+    assert publications(producer, "add") == [(job.id, producer.row(job)["publication"])]
+
+
+def test_a_broker_that_is_away_is_asked_once_a_round_and_not_for_each_job(server_dir, tmp_path, monkeypatch):
+    """The upkeep's thread renews the lease too: it must not spend two seconds on each of 500 jobs."""
+    asked = []
+
+    class Connection:
+        connection_errors = (ConnectionError,)
+
+        def ensure_connection(self, **_):
+            asked.append(self)
+            raise OperationalError("refused")
+
+        def release(self):
+            pass
+
+    with deployed(server_dir, tmp_path, {"ENQUEUE": "outbox"}) as deployment:
+        jobs = [deployment.task.add.delay(n, n) for n in range(5)]
+        monkeypatch.setattr(deployment.app, "connection_for_write", Connection)
+        Dispatcher(deployment.app).publish_due(500)
+
+        assert len(asked) == 1
+        assert [deployment.row(job)["published_at"] for job in jobs] == [None] * 5
+
+
+def test_a_job_that_the_broker_refused_is_not_due_again_at_once(producer, app, dispatcher, add, monkeypatch):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+    monkeypatch.setattr(app, "publish", lambda *args, **options: 1 / 0)
+
+    dispatcher.publish_due(10)
+
+    assert app.store.next_due_s() > 0.5
+
+
+def test_a_job_that_can_not_be_sent_does_not_keep_others_from_it(producer, app, dispatcher, add, monkeypatch):
+    bad, good = add.apply_async((1, 1), countdown=60, priority=10), add.apply_async((2, 2), countdown=60)
+    for job in (bad, good):
+        change(app, job, run_after_utc=now())
+    publish = app.publish
+
+    def publish_but_the_first(*args, options, **more):
+        if options["task_id"] == bad.id:
+            raise ValueError("it is too large")
+        publish(*args, options=options, **more)
+
+    monkeypatch.setattr(app, "publish", publish_but_the_first)
+    dispatcher.publish_due(10)
+
+    assert publications(producer, "add") == [(good.id, 1)]
+    assert producer.row(bad)["published_at"] is None
+
+
+def test_headers_of_the_caller_are_sent_again(producer, app, dispatcher, add):
+    job = add.apply_async((1, 1), headers={"trace": "abc", "publication": 99})
+    change(app, job, published_at=None, publication=2, run_after_utc=now())
+    messages(producer, "add")
+
+    dispatcher.publish_due(10)
+
+    (message,) = messages(producer, "add")
+    assert (message.headers["trace"], message.headers["publication"]) == ("abc", 2)
+
+
+def test_a_round_says_when_to_look_again_and_asks_once_where_nothing_is_due(app, dispatcher, add, monkeypatch):
+    asked, next_due_s = [], app.store.next_due_s
+    monkeypatch.setattr(app.store, "next_due_s", lambda: asked.append(1) or next_due_s())
+    monkeypatch.setattr(app.store, "take_due", lambda _limit: pytest.fail("nothing is due"))
+
+    assert dispatcher.round() == 1.0
+    soon = add.apply_async((1, 1), countdown=60)
+    assert dispatcher.round() == 1.0
+    change(app, soon, run_after_utc=now() + timedelta(seconds=0.5))
+    assert 0 < dispatcher.round() <= 0.5
+
+    assert len(asked) == 3
+
+
+def test_after_a_round_that_took_all_it_may_the_next_comes_at_once(app, dispatcher, add):
+    for job in [add.apply_async((n, n), countdown=60) for n in range(3)]:
+        change(app, job, run_after_utc=now())
+
+    assert dispatcher.round(2) == 0.0
+    assert dispatcher.round(2) == 1.0
