@@ -18,7 +18,7 @@ from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 
-from db.records import Closed, Decision, NewJob, Row, Status
+from db.records import Closed, Decision, Holder, Liveness, NewJob, Row, Status
 from tasks import remedy
 from tasks.arguments import Arguments, named
 from tasks.errors import (
@@ -299,6 +299,13 @@ class Job(Task):
         """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
         request, app = self.request, self.app
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
+        asked_at = time.monotonic()
+
+        def judge(holder: Holder) -> Liveness:
+            if time.monotonic() - asked_at > OUTAGE_S:  # the holder had to wait for the database as well
+                app.leases.interrupted()
+            return app.leases.judge(holder)
+
         claim = app.patiently(
             lambda: app.store.claim(
                 lambda: self._unknown_job(args, kwargs),
@@ -307,7 +314,7 @@ class Job(Task):
                 worker_id=app.worker_id,
                 lease=None if request.is_eager else app.lease,
                 is_loss=redelivered and app.settings.broker_kind.is_redelivery_a_loss,
-                judge=app.leases.judge,
+                judge=judge,
                 max_deaths=app.settings.max_deaths,
             )
         )

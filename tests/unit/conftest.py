@@ -52,9 +52,9 @@ def leases_of_its_own() -> Iterator[None]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Puts the clock of who judges others forward: `clock.pass_s(10)`."""
+    """Puts the clock of who judges others, and of the guard, forward: `clock.pass_s(10)`."""
     clock = Clock()
-    for module in ("tasks.reconciler", "tasks.leases"):
+    for module in ("tasks.reconciler", "tasks.leases", "tasks.job"):
         monkeypatch.setattr(f"{module}.time", clock)
     return clock
 

@@ -11,7 +11,7 @@ from db.records import Failure, Liveness, Status, now
 from tasks import remedy
 from tasks.errors import AttemptLost
 from tasks.leftovers import token_of
-from tests.unit.jobs import Clock, change, claim, claimed_by, messages, new_job, run, silent_for
+from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
 
 FAILURE = Failure(error_type="E", error_message="m")
 
@@ -49,6 +49,28 @@ def test_a_job_of_a_dead_worker_is_taken_over_and_the_death_is_counted(producer,
     assert run(task.add, job.id, 40, 2, publication=1) == 42
     assert producer.events(job) == ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
     assert (producer.row(job)["deaths"], producer.row(job)["attempt"]) == (1, 3)
+
+
+@pytest.mark.parametrize("waited_s", [0, 5])
+def test_a_guard_that_waited_for_the_database_takes_over_from_nobody_who_had_to_wait_as_well(
+    producer, task, clock, monkeypatch, waited_s
+):
+    app = producer.app
+    job = task.add.delay(40, 2)
+    claimed_by(app, job, "other", host_id="elsewhere")
+    silent_for(app, 60, "other")
+    app.leases.interrupted()
+    clock.pass_s(60)
+    claim = app.store.claim
+
+    def claim_later(*args, **options):
+        clock.pass_s(waited_s)
+        return claim(*args, **options)
+
+    monkeypatch.setattr(app.store, "claim", claim_later)
+
+    assert run(task.add, job.id, 40, 2, publication=1) == ("IGNORED" if waited_s else 42)
+    assert producer.row(job)["deaths"] == (0 if waited_s else 1)
 
 
 def test_a_redelivered_job_is_taken_over(producer, task):
@@ -172,23 +194,14 @@ def test_confirm_raises_once_the_attempt_has_lost_its_job(producer, task):
 
 
 @pytest.fixture
-def add_running(producer, add, monkeypatch):
+def add_running(producer, add, clock):
     """The task `add` inside of a running attempt, one second after its claim."""
-    clock = Clock()
-    monkeypatch.setattr("tasks.job.time", clock)
     job = add.delay(1, 1)
     attempt = claim(producer.app.store, new_job(job.id)).attempt
     add.push_request(id=job.id, attempt=attempt, claimed_at=clock.monotonic(), called_directly=False)
     clock.pass_s(1)
     yield add
     add.pop_request()
-
-
-@pytest.fixture
-def clock(add_running):
-    from tasks import job
-
-    return job.time
 
 
 SAY = {
