@@ -21,7 +21,7 @@ from tests.mqtt.said import one_warning, warnings
 from tests.services import HOST, unique_name
 from tests.tooling import processes
 from tests.tooling.locks import Lock
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 
 pytestmark = pytest.mark.slow
 
@@ -292,7 +292,7 @@ class TestDuplicateDeliveryAndZombies:
 
         first.signal(signal.SIGSTOP)
         own.start_worker("--concurrency=1")
-        time.sleep(2)
+        stays(lambda: all(len(lines(tmp_path / str(n), "begin")) <= 1 for n in range(10)), 2)
         first.signal(signal.SIGCONT)
 
         assert [job.get(**GET) for job in jobs] == [str(n) for n in range(10)]
@@ -325,7 +325,7 @@ class TestDatabaseAway:
             connection.execute(text("LOCK TABLE task_queue IN ACCESS EXCLUSIVE MODE"))
             own.app.control.add_consumer("add", reply=True, timeout=2)
             eventually(lambda: lines(tmp_path / "runs", "end"), 20)
-            time.sleep(6)
+            stays(lambda: lines(tmp_path / "runs") == ["begin job", "end job"] and worker.is_alive(), 6)
 
         assert (running.get(**GET), waiting.get(**GET)) == ("job", 2)
         assert own.events(running) == own.events(waiting) == COMPLETED
@@ -347,7 +347,7 @@ class TestDatabaseAway:
                 eventually(lambda: lines(tmp_path / "0"), 20)
 
                 server.stop()
-                time.sleep(3)
+                stays(worker.is_alive, 3)
                 server.start()
 
                 assert [job.get(**GET) for job in jobs] == ["0", "1", "2", "3"]

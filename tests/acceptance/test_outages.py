@@ -7,7 +7,7 @@ import pytest
 from db.records import now
 from tests.acceptance.deployment import deployed, lines
 from tests.tooling.locks import Lock
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 from tests.unit.jobs import new_job
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_job_that_was_replayed_is_not_failed_by_the_time_limit_of_its_earlier_
         own.start_worker("--concurrency=2", "--pool=prefork")
         job = own.task.dawdle.apply_async((str(tmp_path / "runs"), 30.0, 4.0), time_limit=6)
         eventually(lambda: lines(tmp_path / "runs"), 10)
-        time.sleep(3)
+        stays(lambda: own.row(job)["attempt"] == 1 and own.row(job)["status"] == "running", 3)  # half of its time
 
         assert own.app.store.close(job.id, 1, event="released", reason="as a replay does", is_death=False)
 

@@ -1,7 +1,6 @@
 """People change their minds: jobs are cancelled, revoked and replayed, in every pool and in canvases."""
 
 import json
-import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,7 +10,7 @@ from kombu import Queue
 from tasks import control
 from tasks.errors import InvalidArguments, PermanentError
 from tests.acceptance.deployment import lines
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 
 COMPLETED = ["created", "claimed", "started", "completed"]
 GET = {"timeout": 30}
@@ -56,9 +55,8 @@ def test_the_cancel_of_a_running_step_starts_no_next_one(own, task, tmp_path):
     eventually(lambda: lines(tmp_path / "first", "end"), 15)
 
     assert task.add.delay(1, 1).get(**GET) == 2
-    time.sleep(1.5)  # a dispatcher's round
-    assert own.row(steps)["status"] == "cancelled"
-    assert not (tmp_path / "second").exists()
+    # For longer than a dispatcher's round.
+    stays(lambda: own.row(steps)["status"] == "cancelled" and not (tmp_path / "second").exists(), 1.5)
 
 
 def test_the_body_of_a_chord_runs_when_its_failed_member_is_replayed(own, task, tmp_path):
@@ -179,7 +177,7 @@ def test_a_paused_queue_is_served_by_its_workers_and_takes_jobs(own, task):
     control.pause("add", "maintenance", app=own.app)
     job = task.add.delay(1, 1)
     eventually(lambda: "is paused" in own.workers[0].log(), 10)
-    time.sleep(1)
+    stays(lambda: own.events(job) == ["created"], 1)
 
     reasons = [chapter.text for chapter in control.explain(job.id, app=own.app) if chapter.event == "waits"]
     assert reasons == ["add is paused: maintenance"]

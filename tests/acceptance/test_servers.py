@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import pyvips
@@ -123,7 +122,8 @@ def test_a_job_that_kills_its_worker_fails_after_three_deaths(deployment, task, 
 
 def test_jobs_of_higher_priority_run_first(deployment, task, tmp_path):
     blockers = [task.note.delay("/dev/null", "", 1.0) for _ in range(2)]
-    time.sleep(0.2)
+    for blocker in blockers:
+        deployment.wait_for(blocker, "running")
     file = str(tmp_path / "order")
     jobs = [task.note.apply_async((file, str(p), 0.01), priority=p) for p in (1, 4, 7, 10, 2, 9)]
 

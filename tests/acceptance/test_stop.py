@@ -4,7 +4,6 @@ import os
 import pty
 import signal
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -253,7 +252,6 @@ def test_a_worker_stops_while_the_database_is_locked_and_the_job_ends_elsewhere(
 
     with Lock(own.server_dir / "media_store.db", 9.0):
         worker.terminate()
-        time.sleep(0.1)
     assert worker.wait(40) == 0
     own.start_worker("--concurrency=1")
 

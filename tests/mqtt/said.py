@@ -1,8 +1,6 @@
 """What a worker's log says of MQTT."""
 
-import time
-
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 from tests.tooling.worker import Worker
 
 
@@ -13,6 +11,5 @@ def warnings(worker: Worker) -> list[str]:
 def one_warning(worker: Worker, *, within_s: float = 10.0, quiet_s: float = 4.0) -> str:
     """The one warning that comes; for a while no other one follows."""
     eventually(lambda: warnings(worker), within_s, "a warning about MQTT")
-    time.sleep(quiet_s)
-    (warning,) = warnings(worker)
-    return warning
+    stays(lambda: len(warnings(worker)) == 1, quiet_s, lambda: f"one warning about MQTT, not {warnings(worker)}")
+    return warnings(worker)[0]

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from tasks.sinks import topics
 from tests.mqtt.said import one_warning, warnings
 from tests.mqtt.tools import event
 from tests.services import PrivateMosquitto, free_port
+from tests.tooling.waiting import stays
 
 FOLDER = Path(__file__).parents[2] / "docker" / "mosquitto"
 USERS = ("worker-1", "worker-2", "monitor")
@@ -269,9 +269,8 @@ def test_a_real_worker_whose_name_is_not_its_user_is_not_shown_and_says_so(deplo
     monitoring.wait_for_change(deployment.task.add.delay(1, 2), "completed")
     assert "refuses messages" in one_warning(worker, quiet_s=1)
     worker.kill9()
-    time.sleep(1)
 
-    assert {heard.topic for heard in monitoring.heard} == {EVENTS}
+    stays(lambda: {heard.topic for heard in monitoring.heard} == {EVENTS}, 1)
 
 
 # Those who watch

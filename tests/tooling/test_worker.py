@@ -2,12 +2,13 @@
 
 import os
 import sys
+import time
 
 import pytest
 
 from tests.tooling import processes
 from tests.tooling.environment import is_setting
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 from tests.tooling.worker import Worker
 
 APP = "tests.tooling.sample_app"
@@ -91,6 +92,26 @@ def test_clean_environment_forgets_what_a_test_left(monkeypatch, request):
 def test_eventually_says_what_it_waited_for():
     with pytest.raises(AssertionError, match=r"not within 0\.05 s: the cows come home \(last value: 0\)"):
         eventually(lambda: 0, 0.05, "the cows come home")
+
+
+def test_stays_fails_as_soon_as_it_is_no_longer_so():
+    values = iter([1, 1, 0])
+    began = time.monotonic()
+
+    with pytest.raises(AssertionError, match=r"no longer so after \d\.\d\d s: the cows are home \(value: 0\)"):
+        stays(lambda: next(values), 60, "the cows are home", interval_s=0.01)
+
+    assert time.monotonic() - began < 30
+
+
+def test_stays_looks_until_the_time_has_passed_and_returns_the_last_value():
+    began, looks = time.monotonic(), []
+
+    last = stays(lambda: looks.append(time.monotonic() - began) or len(looks), 0.2, interval_s=0.01)
+
+    assert last == len(looks) > 2
+    assert looks[0] < 0.1
+    assert looks[-1] >= 0.2
 
 
 def test_server_dir_leaves_room_for_a_unix_socket(server_dir):
