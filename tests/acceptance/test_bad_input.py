@@ -67,26 +67,26 @@ def assert_refused(deployment, good, tmp_path):
     return run
 
 
-def test_a_missing_file(assert_refused, tmp_path):
+def test_a_missing_file_fails_its_job(assert_refused, tmp_path):
     assert_refused(tmp_path / "none.jpg", None, "does not exist", error="InputMissing")
 
 
-def test_a_directory(assert_refused, tmp_path):
+def test_a_directory_fails_its_job(assert_refused, tmp_path):
     (tmp_path / "folder").mkdir()
     assert_refused(tmp_path / "folder", None, "is a directory", error="InputMissing")
 
 
-def test_an_empty_file(assert_refused, tmp_path):
+def test_an_empty_file_fails_its_job(assert_refused, tmp_path):
     (tmp_path / "empty.jpg").touch()
     assert_refused(tmp_path / "empty.jpg", None, "is empty", error="InputMissing")
 
 
-def test_text_with_the_suffix_of_an_image(assert_refused, tmp_path):
+def test_text_with_the_suffix_of_an_image_fails_its_job(assert_refused, tmp_path):
     (tmp_path / "text.jpg").write_text("This is no picture.\n" * 100)
     assert_refused(tmp_path / "text.jpg", None, "not an image", error="UnsupportedMedia")
 
 
-def test_a_truncated_jpeg(assert_refused, tmp_path, good):
+def test_a_truncated_jpeg_fails_its_job(assert_refused, tmp_path, good):
     (tmp_path / "cut.jpg").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     assert_refused(tmp_path / "cut.jpg", None, "upload it again", error="CorruptMedia")
 
@@ -101,11 +101,11 @@ def bomb(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["image_resize", "image_conversion"])
-def test_a_png_bomb(assert_refused, bomb, task):
+def test_a_png_bomb_fails_its_job(assert_refused, bomb, task):
     assert_refused(bomb, None, "65,536 x 65,536 px", "150 Mpx", "MAX_PIXELS", task=task, error="LimitExceeded")
 
 
-def test_a_png_bomb_for_renditions(assert_refused, bomb, tmp_path):
+def test_a_png_bomb_for_renditions_fails_its_job(assert_refused, bomb, tmp_path):
     words = ("65,536 x 65,536 px", "MAX_PIXELS")
     assert_refused(bomb, tmp_path / "out", *words, task="image_renditions", error="LimitExceeded", sizes=[100])
 
@@ -131,44 +131,44 @@ def cpu_s(pid):
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_gif_of_100_000_frames(assert_refused, tmp_path):
+def test_a_gif_of_100_000_frames_fails_its_job(assert_refused, tmp_path):
     (tmp_path / "long.gif").write_bytes(gif(100_000))
     assert_refused(tmp_path / "long.gif", None, "MAX_FRAMES", error="LimitExceeded")
 
 
-def test_an_svg_with_external_references(assert_refused, tmp_path):
+def test_an_svg_with_external_references_fails_its_job(assert_refused, tmp_path):
     (tmp_path / "in.svg").write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="file:///etc/passwd"/></svg>'
     )
     assert_refused(tmp_path / "in.svg", None, "svg", error="UnsupportedMedia")
 
 
-def test_an_output_directory_that_may_not_be_written(assert_refused, good, tmp_path):
+def test_an_output_directory_that_may_not_be_written_fails_its_job(assert_refused, good, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     is_root = os.geteuid() == 0  # whom permissions don't stop, but a device is no directory for anybody
     directory = "/dev/null" if is_root else str(tmp_path / "locked")
     assert_refused(good, f"{directory}/out.webp", directory, error="OutputNotWritable")
 
 
-def test_an_output_that_is_a_directory(assert_refused, good, tmp_path):
+def test_an_output_that_is_a_directory_fails_its_job(assert_refused, good, tmp_path):
     (tmp_path / "taken.webp").mkdir()
     assert_refused(good, tmp_path / "taken.webp", str(tmp_path / "taken.webp"), error="OutputNotWritable")
 
 
-def test_an_input_outside_of_the_roots(assert_refused):
+def test_an_input_outside_of_the_roots_fails_its_job(assert_refused):
     assert_refused("/etc/hostname", None, "MEDIA_ROOTS", error="PathNotAllowed")
 
 
-def test_an_output_outside_of_the_roots(assert_refused, good):
+def test_an_output_outside_of_the_roots_fails_its_job(assert_refused, good):
     assert_refused(good, "/var/out.webp", "/var/out.webp", "MEDIA_ROOTS", error="PathNotAllowed")
 
 
-def test_a_link_that_leads_out_of_the_roots(assert_refused, tmp_path):
+def test_a_link_that_leads_out_of_the_roots_fails_its_job(assert_refused, tmp_path):
     (tmp_path / "link.jpg").symlink_to("/etc/hostname")
     assert_refused(tmp_path / "link.jpg", None, "MEDIA_ROOTS", error="PathNotAllowed")
 
 
-def test_an_output_that_is_the_input_under_another_name(assert_refused, good, tmp_path):
+def test_an_output_that_is_the_input_under_another_name_fails_its_job(assert_refused, good, tmp_path):
     (tmp_path / "copy.jpg").write_bytes(good.read_bytes())
     (tmp_path / "same.jpg").symlink_to(tmp_path / "copy.jpg")
     assert_refused(tmp_path / "copy.jpg", tmp_path / "same.jpg", error="PathNotAllowed")

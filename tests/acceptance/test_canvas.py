@@ -106,47 +106,47 @@ def test_many_chords_at_once_each_run_their_body_once(deployment, task, tmp_path
     assert [lines(tmp_path / f"body-{n}") for n in range(8)] == [["body [0, 2, 4]"]] * 8
 
 
-def test_a_chord_as_a_step_of_a_chain(task):
+def test_a_chord_may_be_a_step_of_a_chain(task):
     steps = chain(task.add.s(1, 1), group(task.add.s(10), task.add.s(20)), task.total.s(), task.add.s(100))
 
     assert steps().get(**GET) == 134
 
 
-def test_a_chain_as_a_member_of_a_chord(task):
+def test_a_chain_may_be_a_member_of_a_chord(task):
     header = [chain(task.add.s(1, 1), task.add.s(2)), task.add.s(5, 5), chain(task.add.s(0, 1), task.add.s(1))]
 
     assert chord(header, task.total.s())().get(**GET) == 4 + 10 + 2
 
 
-def test_a_chord_as_a_member_of_a_chord(task):
+def test_a_chord_may_be_a_member_of_a_chord(task):
     inner = chord([task.add.s(1, 1), task.add.s(2, 2)], task.total.s())
 
     assert chord([inner, task.add.s(10, 10)], task.total.s())().get(**GET) == 26
 
 
-def test_a_chord_with_a_group_as_its_body(task):
+def test_a_chord_may_have_a_group_as_its_body(task):
     body = group(task.total.s(), task.note_parts.s("/dev/null"))
 
     assert chord([task.add.s(1, 1), task.add.s(2, 2)], body)().get(**GET) == [6, [2, 4]]
 
 
-def test_a_chord_with_a_chain_as_its_body(task):
+def test_a_chord_may_have_a_chain_as_its_body(task):
     body = chain(task.total.s(), task.add.s(100))
 
     assert chord([task.add.s(1, 1), task.add.s(2, 2)], body)().get(**GET) == 106
 
 
-def test_a_group_of_chords(task):
+def test_a_group_may_hold_chords(task):
     result = group(chord([task.add.s(n, 1), task.add.s(n, 2)], task.total.s()) for n in range(4))()
 
     assert result.get(**GET) == [3, 5, 7, 9]
 
 
-def test_a_group_of_chains(task):
+def test_a_group_may_hold_chains(task):
     assert group(chain(task.add.s(n, 1), task.add.s(10)) for n in range(3))().get(**GET) == [11, 12, 13]
 
 
-def test_a_group_inside_of_a_group(task):
+def test_a_group_may_hold_a_group(task):
     assert group(task.add.s(1, 1), group(task.add.s(2, 2), task.add.s(3, 3)))().get(**GET) == [2, 4, 6]
 
 

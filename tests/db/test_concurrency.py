@@ -67,7 +67,7 @@ def test_no_update_is_lost_between_processes(store):
     assert len(events_of(store, job)) == 3 + 3 * 4 * rounds
 
 
-def test_a_whole_life_of_many_jobs_at_once(store):
+def test_many_jobs_live_a_whole_life_at_once_without_an_error(store):
     """Every write that a job sees, in every process at the same time: no error reaches a caller."""
 
     def live(number):

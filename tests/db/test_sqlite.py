@@ -362,19 +362,19 @@ class TestUnusable:
         assert not is_transient(error.value)
         database.close()
 
-    def test_a_file_where_its_directory_should_be(self, tmp_path):
+    def test_a_file_where_its_directory_should_be_is_refused(self, tmp_path):
         (tmp_path / "file").touch()
 
         self.assert_refused(tmp_path / "file" / "media_store.db", "a file stands where its directory.*CL_SERVER_DIR")
         self.assert_refused(tmp_path / "file" / "deeper" / "media_store.db", "a file stands where its directory")
 
-    def test_a_directory_in_its_place(self, tmp_path):
+    def test_a_directory_in_its_place_is_refused(self, tmp_path):
         (tmp_path / "media_store.db").mkdir()
 
         self.assert_refused(tmp_path / "media_store.db", "is a directory; name a file in DATABASE_URL")
 
     @pytest.mark.parametrize("what", ["directory", "file"])
-    def test_one_that_this_user_may_not_write(self, tmp_path, monkeypatch, what):
+    def test_one_that_this_user_may_not_write_is_refused(self, tmp_path, monkeypatch, what):
         path = tmp_path / "media_store.db"
         path.touch()
         forbidden = tmp_path if what == "directory" else path
@@ -384,22 +384,22 @@ class TestUnusable:
         self.assert_refused(path, "can't be written; set CL_SERVER_DIR to a directory that this user may write")
 
     @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc: a directory in which even root makes nothing")
-    def test_a_directory_that_cannot_be_made(self):
+    def test_a_directory_that_cannot_be_made_is_refused(self):
         self.assert_refused(
             Path("/proc/self/media/media_store.db"), "its directory can't be made .*; set CL_SERVER_DIR"
         )
 
-    def test_one_in_memory(self):
+    def test_one_in_memory_is_refused(self):
         for url in ("sqlite://", "sqlite:///:memory:"):
             with pytest.raises(DatabaseNotReady, match="names no file"):
                 Database(url)
 
-    def test_one_that_is_no_database(self, sqlite_path):
+    def test_one_that_is_no_database_is_refused(self, sqlite_path):
         sqlite_path.write_text("this is a text file, and a long one\n" * 200)
 
         self.assert_refused(sqlite_path, "is not a database; move it away, or name another file", DatabaseUnusable)
 
-    def test_a_damaged_one(self, store, database, sqlite_path):
+    def test_a_damaged_one_is_refused(self, store, database, sqlite_path):
         for _ in range(300):
             store.enqueue(new_job())
         database.close()
@@ -410,14 +410,14 @@ class TestUnusable:
         with pytest.raises(DatabaseUnusable, match="is damaged; put a backup in its place"):
             Store(database).jobs(limit=1000)
 
-    def test_one_that_lost_a_table(self, store, database, sqlite_path):
+    def test_one_that_lost_a_table_is_refused(self, store, database, sqlite_path):
         with database.transaction() as connection:
             connection.exec_driver_sql("DROP TABLE task_logs")
 
         with pytest.raises(DatabaseUnusable, match="lacks a table or column of media-tasks"):
             store.logs("a")
 
-    def test_one_that_becomes_read_only(self, store, database):
+    def test_one_that_becomes_read_only_is_refused_until_it_is_mended(self, store, database):
         with database.reading() as connection:
             connection.exec_driver_sql("PRAGMA query_only = ON")
 

@@ -66,32 +66,32 @@ def jpeg_of(width: int, height: int, image: Any) -> bytes:
     return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
 
 
-def test_a_missing_file(refused, tmp_path):
+def test_a_missing_file_is_refused(refused, tmp_path):
     refused(tmp_path / "in.jpg", InputMissing, "does not exist", "check the path")
 
 
-def test_a_directory(refused, tmp_path):
+def test_a_directory_is_refused(refused, tmp_path):
     refused(tmp_path, InputMissing, "is a directory", "give the path of an image")
 
 
-def test_an_empty_file(refused, tmp_path):
+def test_an_empty_file_is_refused(refused, tmp_path):
     (tmp_path / "in.jpg").touch()
     refused(tmp_path / "in.jpg", InputMissing, "is empty", "upload it again")
 
 
-def test_text_with_the_suffix_of_an_image(refused, tmp_path):
+def test_text_with_the_suffix_of_an_image_is_refused(refused, tmp_path):
     (tmp_path / "in.jpg").write_text("This is no picture.\n" * 100)
     refused(tmp_path / "in.jpg", UnsupportedMedia, "holds text, not an image", "must be jpeg, png")
 
 
 @pytest.mark.parametrize("kept", [0.01, 0.3, 0.9, 0.999])
-def test_a_truncated_jpeg(refused, tmp_path, photos, kept):
+def test_a_truncated_jpeg_is_refused(refused, tmp_path, photos, kept):
     whole = (photos / "gray.jpg").read_bytes()
     (tmp_path / "in.jpg").write_bytes(whole[: int(len(whole) * kept)])
     refused(tmp_path / "in.jpg", CorruptMedia, "can't be decoded as jpeg", "upload it again")
 
 
-def test_a_truncated_jpeg_on_its_side(refused, tmp_path, photos):
+def test_a_truncated_jpeg_on_its_side_is_refused(refused, tmp_path, photos):
     whole = (photos / "orientation-6.jpg").read_bytes()
     (tmp_path / "in.jpg").write_bytes(whole[: len(whole) // 2])
     refused(tmp_path / "in.jpg", CorruptMedia, "can't be decoded as jpeg", "upload it again")
@@ -101,7 +101,7 @@ def test_a_truncated_jpeg_on_its_side(refused, tmp_path, photos):
     "name",
     ["alpha.png", "palette.png", "16-bit.png", "animation.gif", "animation.webp", "cmyk.jpg", "in.tif", "in.avif"],
 )
-def test_half_of_any_image(refused, tmp_path, photos, limits, name):
+def test_half_of_any_image_is_refused(refused, tmp_path, photos, limits, name):
     source = photos / name
     if not source.exists():
         source = tmp_path / f"whole-{name}"
@@ -112,7 +112,7 @@ def test_half_of_any_image(refused, tmp_path, photos, limits, name):
 
 
 @pytest.mark.parametrize("name", ["in.bmp", "in.jp2", "in.heic"])
-def test_half_of_an_image_that_pillow_reads(refused, tmp_path, photos, name):
+def test_half_of_an_image_that_pillow_reads_is_refused(refused, tmp_path, photos, name):
     image = pytest.importorskip("PIL.Image")
     if name == "in.heic":
         pytest.importorskip("pillow_heif").register_heif_opener()
@@ -123,7 +123,7 @@ def test_half_of_an_image_that_pillow_reads(refused, tmp_path, photos, name):
     refused(tmp_path / name, CorruptMedia, "upload it again")
 
 
-def test_a_png_bomb(refused, tmp_path):
+def test_a_png_bomb_is_refused(refused, tmp_path):
     rows = zlib.compressobj(9)
     pixels = b"".join(rows.compress(bytes(8193 * 256)) for _ in range(256)) + rows.flush()
     (tmp_path / "in.png").write_bytes(png(65_536, 65_536, bits=1, pixels=pixels))
@@ -133,7 +133,7 @@ def test_a_png_bomb(refused, tmp_path):
     )
 
 
-def test_a_gif_of_100_000_frames(refused, tmp_path):
+def test_a_gif_of_100_000_frames_is_refused(refused, tmp_path):
     (tmp_path / "in.gif").write_bytes(gif(100_000))
     refused(tmp_path / "in.gif", LimitExceeded, "more than 1,000 frames", "1,000 (MAX_FRAMES): give a shorter one")
 
@@ -208,24 +208,24 @@ def test_a_png_with_a_vast_compressed_chunk_is_read_without_unpacking_it(tmp_pat
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0)])
-def test_a_png_without_width_or_height(refused, tmp_path, width, height):
+def test_a_png_without_width_or_height_is_refused(refused, tmp_path, width, height):
     (tmp_path / "in.png").write_bytes(png(width, height, pixels=zlib.compress(b"\0")))
     refused(tmp_path / "in.png", CorruptMedia, "upload it again")
 
 
-def test_a_jpeg_whose_header_announces_more_than_the_limit(refused, tmp_path, quadrants):
+def test_a_jpeg_whose_header_announces_more_than_the_limit_is_refused(refused, tmp_path, quadrants):
     (tmp_path / "in.jpg").write_bytes(jpeg_of(65_500, 65_500, quadrants))
     refused(tmp_path / "in.jpg", LimitExceeded, "65,500 x 65,500 px (4.3 Gpx)", "MAX_PIXELS")
 
 
-def test_a_bmp_whose_header_announces_more_than_the_limit(refused, tmp_path):
+def test_a_bmp_whose_header_announces_more_than_the_limit_is_refused(refused, tmp_path):
     pytest.importorskip("PIL")
     header = struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
     (tmp_path / "in.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
     refused(tmp_path / "in.bmp", LimitExceeded, "60,000 x 60,000 px (3.6 Gpx)", "MAX_PIXELS")
 
 
-def test_an_input_with_too_many_bytes(refused, tmp_path):
+def test_an_input_with_too_many_bytes_is_refused(refused, tmp_path):
     (tmp_path / "in.gif").write_bytes(gif(1))
     refused(
         tmp_path / "in.gif",
@@ -235,12 +235,12 @@ def test_an_input_with_too_many_bytes(refused, tmp_path):
     )
 
 
-def test_an_input_outside_of_the_media_roots(refused, tmp_path, photos):
+def test_an_input_outside_of_the_media_roots_is_refused(refused, tmp_path, photos):
     limits = replace(LIMITS, media_roots=(str(tmp_path),))
     refused(photos / "gray.jpg", PathNotAllowed, "lies outside of", "(MEDIA_ROOTS)", limits=limits)
 
 
-def test_an_output_outside_of_the_media_roots(tmp_path, photos):
+def test_an_output_outside_of_the_media_roots_is_refused(tmp_path, photos):
     limits = replace(LIMITS, media_roots=(str(photos),))
     for way in WAYS.values():
         with pytest.raises(PathNotAllowed, match=r"outside of .*\(MEDIA_ROOTS\)"):
@@ -248,7 +248,7 @@ def test_an_output_outside_of_the_media_roots(tmp_path, photos):
     assert files_under(tmp_path) == set()
 
 
-def test_an_output_that_is_the_input(tmp_path, limits, quadrants):
+def test_an_output_that_is_the_input_is_refused(tmp_path, limits, quadrants):
     path = tmp_path / "in.png"
     quadrants.pngsave(str(path))
     before = path.read_bytes()
@@ -271,7 +271,7 @@ def test_an_output_with_an_unknown_suffix_is_refused_before_the_input_is_looked_
         resize(str(tmp_path / "none"), str(tmp_path / "out.jgp"), ResizeOptions(width=10), limits=limits)
 
 
-def test_an_output_below_a_file(tmp_path, limits, photos):
+def test_an_output_below_a_file_is_refused(tmp_path, limits, photos):
     (tmp_path / "outputs").write_text("a file")
     for way in WAYS.values():
         with pytest.raises(
@@ -281,14 +281,14 @@ def test_an_output_below_a_file(tmp_path, limits, photos):
     assert files_under(tmp_path) == {"outputs"}
 
 
-def test_an_output_larger_than_its_format(tmp_path, limits, plain):
+def test_an_output_larger_than_its_format_is_refused(tmp_path, limits, plain):
     plain([1, 2, 3], 17_000, 2).pngsave(str(tmp_path / "in.png"))
     with pytest.raises(LimitExceeded, match=r"o.webp would be 17,000 x 2 px; webp holds at most 16,383 px a side"):
         convert(str(tmp_path / "in.png"), str(tmp_path / "o.webp"), ConversionOptions(), limits=limits)
     assert files_under(tmp_path) == {"in.png"}
 
 
-def test_an_enlargement_beyond_the_limit(tmp_path, limits, quadrants):
+def test_an_enlargement_beyond_the_limit_is_refused(tmp_path, limits, quadrants):
     quadrants.pngsave(str(tmp_path / "in.png"))
     options = ResizeOptions(width=60_000, enlarge=True)
     with pytest.raises(LimitExceeded, match=r"would take 60,000 x 40,000 px; .*MAX_PIXELS\): give a smaller width"):

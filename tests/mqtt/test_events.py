@@ -386,7 +386,7 @@ def test_what_is_told_is_in_the_tables_for_whoever_reads_them_then(started, list
     assert next(times) >= 4 * len(jobs)
 
 
-def test_the_same_on_rabbitmq_and_postgresql(
+def test_all_is_told_on_rabbitmq_and_postgresql_although_the_relay_is_killed(
     deploy, listener, mosquitto, worker_id, fresh_rabbitmq_url, fresh_postgres_url
 ):
     servers = {"CELERY_BROKER_URL": fresh_rabbitmq_url, "DATABASE_URL": fresh_postgres_url}

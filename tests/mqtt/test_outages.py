@@ -25,7 +25,9 @@ from tests.tooling.worker import REPOSITORY
 pytestmark = pytest.mark.slow
 
 
-def test_a_broker_that_is_absent_at_the_start(deploy, listen, private_mosquitto, worker_id):
+def test_a_broker_that_is_absent_at_the_start_is_said_once_and_found_when_it_comes(
+    deploy, listen, private_mosquitto, worker_id
+):
     port = free_port()
     deployment = deploy(port)
     worker = deployment.start_worker("-Q", "add")
@@ -45,7 +47,7 @@ def test_a_broker_that_is_absent_at_the_start(deploy, listen, private_mosquitto,
     assert len(warnings(worker)) == 1
 
 
-def test_a_broker_that_goes_and_comes_back_twice(deploy, listen, private_mosquitto, worker_id):
+def test_a_broker_that_goes_and_comes_back_twice_is_said_once_each_time(deploy, listen, private_mosquitto, worker_id):
     broker = private_mosquitto()
     deployment = deploy(broker.port)
     worker = deployment.start_worker("-Q", "add")
@@ -185,7 +187,7 @@ def test_the_capability_after_a_frozen_broker_is_the_present_one(deploy, listen,
     eventually(lambda: listen(broker.port).wait_for_capability(worker_id, 5)["idle_count"] == 2, 10)
 
 
-def test_a_broker_that_takes_the_connection_and_says_nothing(deploy, worker_id):
+def test_a_broker_that_takes_the_connection_and_says_nothing_is_said_and_delays_no_stop(deploy, worker_id):
     with socket.create_server(("127.0.0.1", 0)) as server:
         deployment = deploy(server.getsockname()[1])
         worker = deployment.start_worker("-Q", "add")
@@ -216,7 +218,9 @@ def test_a_slow_broker_delays_events_and_no_job(deploy, listen, private_mosquitt
         assert warnings(worker) == []
 
 
-def test_a_network_that_is_lost_without_a_word(deploy, listen, private_mosquitto, worker_id):
+def test_a_network_that_is_lost_without_a_word_blocks_no_job_and_all_is_told_afterwards(
+    deploy, listen, private_mosquitto, worker_id
+):
     broker = private_mosquitto()
     with Road(broker.port) as road:
         deployment = deploy(road.port)
@@ -323,7 +327,7 @@ def test_the_events_of_a_stopped_relay_are_told_by_another_one(deploy, listener,
 
 
 @pytest.mark.parametrize("credentials", [{}, {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": "hunter2-wrong"}])
-def test_a_broker_that_refuses_the_password(deploy, private_mosquitto, tmp_path, credentials):
+def test_a_broker_that_refuses_the_password_is_said_without_it(deploy, private_mosquitto, tmp_path, credentials):
     broker = private_mosquitto(allow_anonymous=False)
     deployment = deploy(broker.port, **credentials)
     worker = deployment.start_worker("-Q", "add")
@@ -349,7 +353,7 @@ def test_what_cannot_be_used_leaves_the_worker_without_mqtt(deploy, tmp_path):
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 70 + ".example"])
-def test_a_host_that_is_none(deploy, host):
+def test_a_host_that_is_none_is_said_by_its_variable(deploy, host):
     deployment = deploy(1883, MQTT_BROKER=host)
     worker = deployment.start_worker("-Q", "add")
 

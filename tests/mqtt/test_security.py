@@ -66,7 +66,7 @@ def check_it_is_back(deployment, worker, listener, worker_id, missed=()):
     assert len(warnings(worker)) == known
 
 
-def test_a_password(deploy, listen, password_broker, worker_id):
+def test_a_worker_with_the_password_is_let_in_and_does_not_log_it(deploy, listen, password_broker, worker_id):
     deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
     worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
     listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
@@ -79,7 +79,9 @@ def test_a_password(deploy, listen, password_broker, worker_id):
     assert PASSWORD not in worker.log()
 
 
-def test_a_password_that_is_wrong_for_a_while(deploy, listen, password_broker, worker_id, tmp_path):
+def test_a_password_that_is_wrong_for_a_while_is_said_and_all_is_told_afterwards(
+    deploy, listen, password_broker, worker_id, tmp_path
+):
     def set_password(password):
         command = ["mosquitto_passwd", "-b", str(tmp_path / "passwords"), "worker", password]
         subprocess.run(command, check=True, capture_output=True)
@@ -112,7 +114,7 @@ def test_a_password_that_is_wrong_for_a_while(deploy, listen, password_broker, w
     check_it_is_back(deployment, worker, listener, worker_id, missed)
 
 
-def test_name_and_password_from_files(deploy, listen, password_broker, worker_id, tmp_path):
+def test_name_and_password_are_read_from_files(deploy, listen, password_broker, worker_id, tmp_path):
     (tmp_path / "name").write_text("worker\n")
     (tmp_path / "secret").write_text(f"{PASSWORD}\n")
     files = {"MQTT_USERNAME_FILE": tmp_path / "name", "MQTT_PASSWORD_FILE": tmp_path / "secret"}
@@ -126,7 +128,7 @@ def test_name_and_password_from_files(deploy, listen, password_broker, worker_id
 
 
 @pytest.mark.parametrize("variable", ["MQTT_USERNAME_FILE", "MQTT_PASSWORD_FILE"])
-def test_a_secrets_file_that_cannot_be_read(deploy, password_broker, tmp_path, variable):
+def test_a_secrets_file_that_cannot_be_read_is_said(deploy, password_broker, tmp_path, variable):
     credentials = {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": PASSWORD, variable: tmp_path / "missing"}
     deployment = deploy(password_broker.port, **credentials)
     worker = deployment.start_worker("-Q", "add")
@@ -137,7 +139,9 @@ def test_a_secrets_file_that_cannot_be_read(deploy, password_broker, tmp_path, v
     assert PASSWORD not in worker.log()
 
 
-def test_tls_with_an_own_ca(deploy, listen, private_mosquitto, certificates, worker_id):
+def test_events_and_the_will_come_over_tls_with_a_ca_of_ones_own(
+    deploy, listen, private_mosquitto, certificates, worker_id
+):
     broker = private_mosquitto(*tls_lines(certificates))
     deployment = deploy(broker.port, MQTT_USE_TLS="on", MQTT_CA_CERT=str(certificates / "ca.pem"))
     worker = deployment.start_worker("--concurrency=2", "-Q", "add,kill_its_worker")
@@ -171,7 +175,7 @@ def test_children_that_are_forked_all_the_time_do_not_disturb_tls(
 
 
 @pytest.mark.parametrize("is_known_here", [True, False])
-def test_a_certificate_of_another_ca(deploy, private_mosquitto, certificates, is_known_here):
+def test_a_certificate_of_another_ca_is_not_trusted_and_said(deploy, private_mosquitto, certificates, is_known_here):
     broker = private_mosquitto(*tls_lines(certificates))
     own = {"MQTT_CA_CERT": str(certificates / "another.pem")} if is_known_here else {}
     deployment = deploy(broker.port, MQTT_USE_TLS="on", **own)
@@ -182,7 +186,7 @@ def test_a_certificate_of_another_ca(deploy, private_mosquitto, certificates, is
 
 
 @pytest.mark.parametrize(("server", "variable"), [("foreign", "MQTT_CA_CERT"), ("elsewhere", "MQTT_BROKER")])
-def test_a_certificate_that_is_wrong_for_a_while(
+def test_a_certificate_that_is_wrong_for_a_while_is_said_and_all_is_told_afterwards(
     deploy, listen, private_mosquitto, certificates, worker_id, server, variable
 ):
     (certificates / "other-names").write_text("subjectAltName=DNS:mqtt.example.org\n")
@@ -206,7 +210,7 @@ def test_a_certificate_that_is_wrong_for_a_while(
     check_it_is_back(deployment, worker, listener, worker_id)
 
 
-def test_tls_with_a_broker_that_has_none_and_none_with_one_that_has(deploy, private_mosquitto, certificates, worker_id):
+def test_tls_on_one_side_only_is_said(deploy, private_mosquitto, certificates, worker_id):
     plain, secret = private_mosquitto(), private_mosquitto(*tls_lines(certificates))
     ca = {"MQTT_CA_CERT": str(certificates / "ca.pem")}
     deployment = deploy(plain.port)
@@ -217,7 +221,9 @@ def test_tls_with_a_broker_that_has_none_and_none_with_one_that_has(deploy, priv
         assert "MQTT_USE_TLS" in one_warning(worker)
 
 
-def test_a_client_certificate(deploy, listen, private_mosquitto, certificates, worker_id):
+def test_only_a_worker_with_a_client_certificate_is_let_in_where_it_is_required(
+    deploy, listen, private_mosquitto, certificates, worker_id
+):
     broker = private_mosquitto(*tls_lines(certificates, "require_certificate true"))
     files = {"MQTT_CLIENT_CERT": certificates / "client.pem", "MQTT_CLIENT_KEY": certificates / "client.key"}
     deployment = deploy(broker.port, MQTT_USE_TLS="on", MQTT_CA_CERT=str(certificates / "ca.pem"))
@@ -231,7 +237,7 @@ def test_a_client_certificate(deploy, listen, private_mosquitto, certificates, w
     assert listener.capability(f"{worker_id}-2") is None
 
 
-def test_a_client_certificate_that_cannot_be_read(deploy, certificates):
+def test_a_client_certificate_that_cannot_be_read_is_said(deploy, certificates):
     files = {"MQTT_CA_CERT": certificates / "ca.pem", "MQTT_CLIENT_CERT": certificates / "missing.pem"}
     deployment = deploy(8883, MQTT_USE_TLS="on", **files)
     worker = deployment.start_worker("-Q", "add")

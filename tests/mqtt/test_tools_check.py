@@ -120,7 +120,7 @@ def test_it_leaves_nothing_and_nobody_takes_it_for_a_worker(tools):
     assert watching.rest() == []
 
 
-def test_with_a_password_and_over_tls(guarded, secure, certificates):
+def test_it_passes_with_a_password_and_over_tls(guarded, secure, certificates):
     assert steps(guarded())[1] == 0
     client = {"MQTT_CLIENT_CERT": certificates / "client.pem", "MQTT_CLIENT_KEY": certificates / "client.key"}
     done, code = steps(secure(more=["require_certificate true"], **client))
