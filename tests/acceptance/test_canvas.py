@@ -12,7 +12,7 @@ from celery.result import AsyncResult, GroupResult
 
 from tasks.errors import InvalidArguments
 from tests.acceptance.deployment import REPOSITORY, lines
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 
 COMPLETED = ["created", "claimed", "started", "completed"]
 GET = {"timeout": 20}
@@ -171,8 +171,9 @@ def test_a_failed_member_fails_a_body_that_is_a_chain_and_all_behind_it(deployme
 
     with pytest.raises(Exception, match="a member"):
         result.get(**GET)
+    row = deployment.wait_for(result, "failed")
+    assert (row["task_type"], row["error_type"]) == ("total", "ChordError")
     assert not (tmp_path / "body").exists()
-    assert deployment.row(result)["task_type"] == "total"
 
 
 def test_a_failed_member_fails_every_task_of_a_body_that_is_a_group(deployment, task, tmp_path):
@@ -234,7 +235,8 @@ def test_a_link_error_is_called_once_with_the_request_and_the_error(deployment, 
 
     with pytest.raises(ValueError, match="can't work"):
         result.get(**GET)
-    eventually(lambda: lines(tmp_path / "errors") == [f"errback {result.id} ValueError"], 10)
+    eventually(lambda: lines(tmp_path / "errors"), 10)
+    stays(lambda: lines(tmp_path / "errors") == [f"errback {result.id} ValueError"], 0.5)
 
 
 def test_the_link_error_of_a_chord_is_called_when_a_member_fails(deployment, task, tmp_path):
@@ -300,8 +302,9 @@ def test_a_job_may_replace_itself(deployment, task):
     job = task.become_add.delay(5)
 
     assert job.get(**GET) == 6
-    assert deployment.row(job)["status"] == "completed"
-    deployment.events(job)
+    row = deployment.row(job)
+    assert (row["status"], row["task_type"], row["parameters"]) == ("completed", "add", {"x": 5, "y": 1})
+    assert deployment.events(job) == [*COMPLETED[:3], "replaced", *COMPLETED[1:]]
 
 
 def test_a_job_may_replace_itself_inside_of_a_chord(task):

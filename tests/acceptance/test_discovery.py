@@ -9,7 +9,6 @@ import pytest
 
 from tests.acceptance.deployment import REPOSITORY, deployed
 from tests.tooling.environment import without_settings
-from tests.tooling.waiting import eventually
 
 MODULE = '''\
 from tasks.celery import app
@@ -120,7 +119,7 @@ def test_a_broken_plug_in_is_named_in_the_log_and_left_out(deployment):
 
     assert "'half-done' of broken-plugin is left out" in log
     assert "a_module_that_is_not_there" in log
-    eventually(lambda: deployment.workers[0].is_alive(), 1)
+    assert deployment.workers[0].is_alive()
 
 
 def test_a_broken_plug_in_does_not_disturb_a_producer(deployment, celery):

@@ -5,8 +5,6 @@ import time
 import pytest
 import pyvips
 
-from tests.tooling.waiting import eventually
-
 COMPLETED = ["created", "claimed", "started", "completed"]
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -140,4 +138,7 @@ def test_no_temp_file_is_left_after_any_of_this(deployment, quarters, tmp_path):
     job = deployment.task.image_resize.delay(quarters, tmp_path / "deep" / "er" / "out.png", width=30)
     job.get(timeout=20)
 
-    eventually(lambda: [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["out.png"], 5)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["out.png"]
+    # A temp file is named after its attempt, and so after its job.
+    ids = [row["job_id"] for row in deployment.app.store.jobs(limit=10_000)]
+    assert [path for path in tmp_path.parent.rglob("*") if any(job_id in path.name for job_id in ids)] == []
