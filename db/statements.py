@@ -7,7 +7,8 @@ in one round trip; SQLite, which takes no INSERT inside a WITH, in two.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -33,7 +34,7 @@ from sqlalchemy import (
 
 from db.models import Document, UTCDateTime, queue_pauses, task_groups, task_logs, task_queue
 from db.prepared import Prepared
-from db.records import DUE, PENDING, Status
+from db.records import DUE, PENDING, NewJob, Status
 
 ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
 UNFINISHED: Final = (Status.QUEUED, Status.CLAIMED, Status.RUNNING)
@@ -172,6 +173,19 @@ def log_row(
     }
 
 
+def new_row(
+    job: NewJob, at: datetime, *, publication: int = 1, is_resting: bool = False, was_sent: bool = True
+) -> dict[str, Any]:
+    """The parameters of `enqueue`. A resting row has no message; it is due at the job's `run_after_utc`, or at once."""
+    return {
+        **{f"b_{name}": getattr(job, name) for name in job.__slots__},
+        "b_publication": publication,
+        "b_published_at": at if was_sent and not is_resting else None,
+        "b_is_resting": is_resting,
+        "b_now": at,
+    }
+
+
 _ENQUEUED: Final = (
     "job_id",
     "task_type",
@@ -196,17 +210,20 @@ _ENQUEUED: Final = (
 )
 
 
-def enqueue(dialect: Any) -> Change:
-    """A new row, unless its job_id is there already; in the words of `dialect`, which is SQLAlchemy's module.
+@cache
+def enqueue(backend: str) -> Change:
+    """A new row, unless its job_id is there already; in the words of `sqlite` or `postgresql`.
 
     With `b_is_resting` and no `b_run_after_utc` it is due at once, by the clock of a PostgreSQL server: those of the
     hosts that submit may differ.
     """
+    at = bindparam("b_now", type_=UTCDateTime)
     values: dict[str, Any] = {name: bindparam(f"b_{name}", type_=_job[name].type) for name in _ENQUEUED}
-    if dialect.__name__.endswith("postgresql"):
-        at_once = case((bindparam("b_is_resting", type_=Boolean), func.clock_timestamp()), else_=null())
-        values["run_after_utc"] = func.coalesce(values["run_after_utc"], at_once)
-    times = dict.fromkeys(("created_at", "updated_at"), bindparam("b_now", type_=UTCDateTime))
+    clock = func.clock_timestamp() if backend == "postgresql" else at
+    at_once = case((bindparam("b_is_resting", type_=Boolean), clock), else_=null())
+    values["run_after_utc"] = func.coalesce(values["run_after_utc"], at_once)
+    times = dict.fromkeys(("created_at", "updated_at"), at)
+    dialect = import_module(f"sqlalchemy.dialects.{backend}")
     statement = dialect.insert(task_queue).values(**values, **times, status=Status.QUEUED)
     statement = statement.on_conflict_do_nothing(index_elements=["job_id"]).returning(*RETURNED)
     return Change(statement, ("created",), tells_attempt=False)

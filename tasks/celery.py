@@ -148,11 +148,8 @@ class MediaTasks(Celery):
         return str(uuid())
 
     def is_recorded(self, name: str) -> bool:
-        """Whether jobs of this task have rows here: all but Celery's own, unless MIRROR=off, or ENQUEUE=broker in a
-        producer.
-        """
-        is_on = self.settings.mirror and not self.is_without_database
-        return is_on and not name.startswith(capabilities.OWN_PREFIX)
+        """Whether jobs of this task have rows here: all but Celery's own, if any has."""
+        return self.has_rows and not name.startswith(capabilities.OWN_PREFIX)
 
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any) -> Any:
         """As Celery's; the row is written first. See `tasks.enqueue.send` for what is raised.
@@ -168,6 +165,11 @@ class MediaTasks(Celery):
         if not name.startswith(capabilities.OWN_PREFIX):
             args, kwargs = enqueue.prepared(self, name, args, kwargs, options)
         return super().send_task(name, args, kwargs, **options)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether jobs have rows here: not with MIRROR=off, nor in a producer with ENQUEUE=broker."""
+        return self.settings.mirror and not self.is_without_database
 
     @property
     def is_without_database(self) -> bool:

@@ -255,9 +255,8 @@ class RecordedControl(Control):  # type: ignore[misc, unused-ignore]
     def revoke(self, task_id: Any, *args: Any, **kwargs: Any) -> Any:
         """As Celery's; also from Flower and `AsyncResult.revoke()`. A running job goes on unless `terminate`."""
         ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-        is_recorded = self.app.settings.mirror and not self.app.is_without_database
-        rows = self.app.store.jobs_by_id(ids) if is_recorded else []
-        for job_id in set(ids) - {row["job_id"] for row in rows} if is_recorded else ():
+        rows = self.app.store.jobs_by_id(ids) if self.app.has_rows else []
+        for job_id in set(ids) - {row["job_id"] for row in rows} if self.app.has_rows else ():
             if (step := _step(self.app, job_id)) is not None:
                 self.app.backend.mark_as_revoked(job_id, "revoked", request=step)
         for row in rows:

@@ -11,19 +11,20 @@ import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.result import AsyncResult
 from kombu.utils.json import dumps
 from sqlalchemy import Connection, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import psycopg, psycopg2
 
 from db import statements
 from db.prepared import DriverStatement
 from db.records import NewJob, now
-from db.statements import LOG, log_row
+from db.statements import LOG, log_row, new_row
 from tasks.enqueue import new_job
 from tasks.errors import InvalidArguments
 from tasks.values import is_name
@@ -125,14 +126,12 @@ class _Cursor(ABC):
         """Insert the row, which rests until it is due, and its log row."""
         self._require(store)
         at = now()
-        values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
-        values |= {"b_publication": 1, "b_published_at": None, "b_now": at}
-        values |= {"b_run_after_utc": job.run_after_utc or at} if self.is_sqlite else {"b_is_resting": True}
+        row = new_row(job, at, is_resting=True)
         for name in ("b_parameters", "b_message"):  # whatever JSON the connection is set up for takes plain values
-            values[name] = json.loads(dumps(values[name]))
-        insert = statements.enqueue(sqlite if self.is_sqlite else postgresql).statement
+            row[name] = json.loads(dumps(row[name]))
+        insert = statements.enqueue("sqlite" if self.is_sqlite else "postgresql").statement
         with self._transaction():
-            if self.execute(insert, values):  # else its id is there already: the row stays as it is
+            if self.execute(insert, row):  # else its id is there already: the row stays as it is
                 self.execute(LOG.statement, log_row(job.job_id, 1, "created", None, at, None, None))
 
     @contextmanager
@@ -190,28 +189,36 @@ class _SqlAlchemy(_Cursor):
 class _DbApi(_Cursor):
     def __init__(self, connection: Any, driver: str) -> None:
         self._connection = connection
-        self._new_cursor = _CURSORS[driver]
-        self._dialect = _DIALECTS[driver]()
+        self._driver = driver
         self.is_sqlite = driver == "sqlite3"
 
     def execute(self, statement: Any, values: Mapping[str, Any]) -> bool:
-        ready = DriverStatement(statement, self._dialect)
-        with closing(self._new_cursor(self._connection)) as cursor:
+        ready = _prepared(statement, self._driver)
+        with self._cursor() as cursor:
             cursor.execute(ready.sql, ready.parameters(values))
             return cursor.description is not None and cursor.fetchone() is not None
 
     def first(self, sql: str) -> tuple[Any, ...]:
-        with closing(self._new_cursor(self._connection)) as cursor:
+        with self._cursor() as cursor:
             cursor.execute(sql)
             return tuple(cursor.fetchone() or ())
 
     def command(self, sql: str) -> None:
-        with closing(self._new_cursor(self._connection)) as cursor:
+        with self._cursor() as cursor:
             cursor.execute(sql)
 
     @property
     def driver_connection(self) -> Any:
         return self._connection
+
+    def _cursor(self) -> Any:
+        return closing(_CURSORS[self._driver](self._connection))
+
+
+@cache
+def _prepared(statement: Any, driver: str) -> DriverStatement:
+    """One of our few statements, as a driver takes it."""
+    return DriverStatement(statement, _DIALECTS[driver]())
 
 
 def _is_autocommitting(connection: Any) -> bool:

@@ -30,9 +30,9 @@ class Part:
 
     def __init__(self, database: Database) -> None:
         self.database: Final = database
-        dialect = import_module(f"sqlalchemy.dialects.{'sqlite' if database.is_sqlite else 'postgresql'}")
-        self._insert: Final = dialect.insert
-        self._enqueue: Final = statements.enqueue(dialect)
+        backend = "sqlite" if database.is_sqlite else "postgresql"
+        self._insert: Final = import_module(f"sqlalchemy.dialects.{backend}").insert
+        self._enqueue: Final = statements.enqueue(backend)
         self._unconfirmed: Final[dict[tuple[str | int | None, ...], set[datetime]]] = {}
 
     def _rows(self, statement: Select[Any], bound: Mapping[str, Any] | None = None) -> list[Row]:
@@ -89,15 +89,8 @@ class Part:
         was_sent: bool = True,
     ) -> bool:
         """Write a new row and its log row; False if its id is there already."""
-        values = {f"b_{name}": getattr(job, name) for name in job.__slots__}
-        bound = values | {"b_publication": publication, "b_worker": worker_id, "b_now": at}
-        bound["b_published_at"] = at if was_sent else None
-        bound["b_is_resting"] = is_resting
-        if is_resting:
-            bound["b_published_at"] = None
-            if self.database.is_sqlite:
-                bound["b_run_after_utc"] = job.run_after_utc or at
-        return self._enqueue.execute(connection, bound) is not None
+        row = statements.new_row(job, at, publication=publication, is_resting=is_resting, was_sent=was_sent)
+        return self._enqueue.execute(connection, row | {"b_worker": worker_id}) is not None
 
 
 def standing_of(connection: Connection, job_id: str) -> Row | None:
