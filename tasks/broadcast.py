@@ -14,7 +14,7 @@ from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
 from tasks.duty import Duty
-from tasks.mirror import slots
+from tasks.heartbeat import slots
 from tasks.relay import IDLE_S, Relay
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from db.records import Holder, now
 from tasks import request
 from tasks.duty import Duty
+from tasks.heartbeat import Heartbeat
 from tasks.job import close_attempt
-from tasks.mirror import Mirror
 from tasks.outgoing import Dispatcher
 from tasks.reconciler import Reconciler
 
@@ -43,7 +43,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         super().__init__(worker, **kwargs)
         self._app: Final[MediaTasks] = worker.app
         self._worker: Final = worker
-        self._mirror: Final = Mirror(worker.app, worker)
+        self._heartbeat: Final = Heartbeat(worker.app, worker)
         self._duty: Final = Duty(worker.app, DUTY)
         self._reconciler: Final = Reconciler(worker.app)
         self._dispatcher: Final = Dispatcher(worker.app)
@@ -60,7 +60,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         worker.upkeep = self
 
     def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
-        self._mirror.say("started")
+        self._heartbeat.say("started")
         for thread in self._threads:
             thread.start()
 
@@ -72,8 +72,8 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             job.give_back("its worker was stopped")
         for thread in self._threads:
             thread.join(timeout=STOP_WITHIN_S)
-        self._mirror.status = "stopped"
-        self._mirror.say("stopped")
+        self._heartbeat.status = "stopped"
+        self._heartbeat.say("stopped")
         for leave in (self._duty.leave, self._app.leases.release):
             try:
                 leave()
@@ -93,13 +93,13 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def drain(self) -> None:
         """The worker takes no more jobs; it is shown at the next round."""
-        self._mirror.status = "draining"
+        self._heartbeat.status = "draining"
         self._beat_due = 0.0
 
     @property
     def is_draining(self) -> bool:
         """Whether it has ceased to take jobs."""
-        return self._mirror.status is not None
+        return self._heartbeat.status is not None
 
     def _repeat(self, name: str, call: Callable[[], float]) -> None:
         is_silent = False
@@ -124,7 +124,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         """What this worker owes itself; seconds until the next round."""
         if time.monotonic() >= self._beat_due:
             was_draining = self.is_draining
-            self._mirror.beat()
+            self._heartbeat.beat()
             self._close_unclaimed()
             if was_draining == self.is_draining:  # else that is shown at the next round
                 self._beat_due = time.monotonic() + self._app.settings.lease_renew_s
@@ -172,16 +172,16 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
     def _keep_pauses(self) -> None:
         """Stop to take from queues that are paused, begin again with those that no longer are."""
         consumer = getattr(self._worker, "consumer", None)
-        if consumer is None or getattr(consumer, "task_consumer", None) is None or self._mirror.status is not None:
+        if consumer is None or getattr(consumer, "task_consumer", None) is None or self._heartbeat.status is not None:
             return
         paused = set(self._app.store.paused_queues())
         for queue in paused & set(self._app.amqp.queues.consume_from):
             logger.warning("the queue %s is paused", queue)
-            self._mirror.paused.add(queue)
+            self._heartbeat.paused.add(queue)
             self._soon(consumer.cancel_task_queue, queue)
-        for queue in self._mirror.paused - paused:
+        for queue in self._heartbeat.paused - paused:
             logger.warning("the queue %s is resumed", queue)
-            self._mirror.paused.discard(queue)
+            self._heartbeat.paused.discard(queue)
             self._soon(consumer.add_task_queue, queue)
 
     def _soon(self, call: Callable[..., Any], *args: Any) -> None:

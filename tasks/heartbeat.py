@@ -1,4 +1,4 @@
-"""The mirror: what a worker says of itself becomes rows. In: the worker's state. Out: worker_heartbeats, task_logs.
+"""The heartbeat: what a worker says of itself becomes rows. In: the worker's state. Out: worker_heartbeats, task_logs.
 
 What the database can't take now, the next heartbeat says again.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Heartbeat, now
+from db import records
 from tasks import request
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Mirror:
+class Heartbeat:
     """One worker, as its row shows it."""
 
     def __init__(self, app: "MediaTasks", worker: Any) -> None:
         self._app = app
         self._worker = worker
-        self._started_at = now()
+        self._started_at = records.now()
         self.paused: set[str] = set()
         """Queues that it would serve, were they not paused."""
         self.status: str | None = None
@@ -34,19 +34,19 @@ class Mirror:
     def beat(self) -> None:
         """Renew the lease, and show the worker. Raises what the store raises."""
         self._app.leases.renew()
-        self._app.store.heartbeat(self._heartbeat())
+        self._app.store.heartbeat(self._record())
 
     def say(self, event: str) -> None:
         """Record a change of the worker, if the database takes it."""
         try:
-            self._app.store.heartbeat(self._heartbeat())
+            self._app.store.heartbeat(self._record())
             self._app.store.log_worker(self._app.worker_id, event, f"worker {event}")
         except SQLAlchemyError as exc:
             logger.warning("the worker's %s could not be recorded: %s", event, exc)
 
-    def _heartbeat(self) -> Heartbeat:
+    def _record(self) -> records.Heartbeat:
         running = [job.id for job in request.running()]
-        return Heartbeat(
+        return records.Heartbeat(
             worker_id=self._app.worker_id,
             hostname=socket.gethostname(),
             pid=os.getpid(),
