@@ -76,6 +76,21 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
+def percentile_row(
+    figure: str, target: str, values: Sequence[float], *, unit: str, digits: int = 0, note: str = ""
+) -> Row:
+    """The 99th percentile of what so many jobs took, then the median and the extremes; `digits` after the point."""
+    nearly_all = percentile(values, 99)
+    half, least, most = (f"{value:.{digits}f}" for value in (percentile(values, 50), min(values), max(values)))
+    return Row(
+        figure=figure,
+        target=target,
+        measured=f"**{nearly_all:.{digits}f} {unit}**",
+        detail=f"{note}p50 {half} {unit}, {least}-{most} {unit}, {len(values)} jobs",
+        value=nearly_all,
+    )
+
+
 class Peer(AbstractContextManager["Peer"]):
     """A process of its own, with an environment of its own, that runs functions one after the other.
 

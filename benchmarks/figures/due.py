@@ -3,7 +3,7 @@
 import random
 from datetime import datetime, timedelta
 
-from benchmarks.measure import Options, Peer, Row, percentile
+from benchmarks.measure import Options, Peer, Row, percentile_row
 from benchmarks.workers import settings, worker
 
 
@@ -21,14 +21,8 @@ def measure(options: Options) -> list[Row]:
 
 
 def _row(what: str, delays_s: list[float]) -> Row:
-    nearly_all = percentile(delays_s, 99)
-    return Row(
-        figure=f"{what}, against the time it was due: p99",
-        target="≤ 1.5 s late",
-        measured=f"**{nearly_all:.2f} s**",
-        detail=f"p50 {percentile(delays_s, 50):.2f} s, {min(delays_s):.2f}-{max(delays_s):.2f} s, {len(delays_s)} jobs",
-        value=nearly_all,
-    )
+    figure = f"{what}, against the time it was due: p99"
+    return percentile_row(figure, "≤ 1.5 s late", delays_s, unit="s", digits=2)
 
 
 def _delays_s_of_etas(count: int) -> list[float]:

@@ -3,7 +3,7 @@
 import random
 import time
 
-from benchmarks.measure import Options, Peer, Row, percentile
+from benchmarks.measure import Options, Peer, Row, percentile_row
 from benchmarks.workers import settings, worker
 
 
@@ -14,17 +14,7 @@ def measure(options: Options) -> list[Row]:
         Peer(environment) as producer,
     ):
         delays_ms = producer.run(_delays_ms, 40 if options.is_quick else 200)
-    nearly_all = percentile(delays_ms, 99)
-    return [
-        Row(
-            figure="`.get()` sees a completion: p99",
-            target="≤ 60 ms",
-            measured=f"**{nearly_all:.0f} ms**",
-            detail=f"p50 {percentile(delays_ms, 50):.0f} ms, {min(delays_ms):.0f}-{max(delays_ms):.0f} ms, "
-            f"{len(delays_ms)} jobs",
-            value=nearly_all,
-        )
-    ]
+    return [percentile_row("`.get()` sees a completion: p99", "≤ 60 ms", delays_ms, unit="ms")]
 
 
 def _delays_ms(count: int) -> list[float]:

@@ -16,7 +16,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from benchmarks.figures.resize import finish_jobs, fresh
-from benchmarks.measure import Options, Peer, Row, interleaved, percentile, ratio_row, skipped
+from benchmarks.measure import Options, Peer, Row, interleaved, percentile_row, ratio_row, skipped
 from benchmarks.photos import photos
 from benchmarks.workers import HAS_CPU_CLOCKS, NO_CPU_CLOCKS, TOPICS, cpu_s, settings, worker
 from tests.services import HOST, PrivateMosquitto, ServiceMissing, free_port
@@ -151,15 +151,7 @@ def _run_one_by_one(count: int) -> None:
 
 
 def _seen(load: str, delays_ms: list[float]) -> Row:
-    nearly_all = percentile(delays_ms, 99)
-    return Row(
-        figure=SEEN.format(load),
-        target=SEEN_TARGET,
-        measured=f"**{nearly_all:.0f} ms**",
-        detail=f"after the row's time; p50 {percentile(delays_ms, 50):.0f} ms, "
-        f"{min(delays_ms):.0f}-{max(delays_ms):.0f} ms, {len(delays_ms)} jobs",
-        value=nearly_all,
-    )
+    return percentile_row(SEEN.format(load), SEEN_TARGET, delays_ms, unit="ms", note="after the row's time; ")
 
 
 def _will(options: Options, broker: PrivateMosquitto) -> Row:
