@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from tasks.errors import CorruptMedia, LimitExceeded, UnsupportedMedia
+from tasks.media.formats import PILLOW_NAMES
 from tasks.media.sniff import Input, Limits
 
 _VIPS_LOADERS = {
@@ -20,7 +21,6 @@ _VIPS_LOADERS = {
     "tiff": "tiffload_source",
     "avif": "heifload_source",
 }
-_PILLOW_IDS = {"bmp": "BMP", "jp2": "JPEG2000", "heic": "HEIF", "jxl": "JXL"}
 _PLUGINS = {  # module, and what to install
     "heic": ("pillow_heif", "media-tasks[heif]"),
     "jxl": ("pillow_jxl", "pillow-jxl-plugin"),
@@ -46,7 +46,7 @@ def engine() -> Any:
 
 @functools.cache
 def pillow_plugin(media_format: str) -> Any:
-    """Pillow's reader class and writer function for a format that libvips leaves to it."""
+    """Pillow's reader class for a format that libvips leaves to it; from now on Pillow can also write that."""
     if media_format in _PLUGINS:
         module, package = _PLUGINS[media_format]
         try:
@@ -60,8 +60,7 @@ def pillow_plugin(media_format: str) -> Any:
     from PIL import Image
 
     Image.init()
-    name = _PILLOW_IDS[media_format]
-    return Image.OPEN[name][0], Image.SAVE.get(name)
+    return Image.OPEN[PILLOW_NAMES[media_format]][0]
 
 
 def open_image(source: Input, limits: Limits, *, all_frames: bool = False, shrink: float = 1) -> Any:
@@ -113,7 +112,7 @@ def corrupt(source: Input, exc: Exception) -> CorruptMedia:
 
 def _open_with_pillow(source: Input, limits: Limits) -> Any:
     """Decode at once, after the check of the header; orientation of heic is applied by its own decoder."""
-    reader, _ = pillow_plugin(source.format)
+    reader = pillow_plugin(source.format)
     with os.fdopen(os.dup(source.fd), "rb") as file:
         file.seek(0)
         try:

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from tasks.media.decode import engine, pillow_plugin
-from tasks.media.formats import Format
+from tasks.media.formats import PILLOW_NAMES, Format
 
 # From effort 3 on libwebp holds all tokens of a picture: 145 MB for a grainy one of 24 Mpx, which at 2 it does without,
 # for 13 % more bytes of a smooth one and 3 % fewer of a grainy one.
@@ -21,7 +21,7 @@ def encode(
 
     `keep` is `none` or `all`: what is written of EXIF, XMP and ICC.
     """
-    if target.name in ("bmp", "heic", "jxl"):
+    if target.name in PILLOW_NAMES:
         _encode_with_pillow(image, fd, target, quality=quality, lossless=lossless, keep=keep)
         return
     per_format: dict[str, dict[str, Any]] = {
@@ -55,4 +55,4 @@ def _encode_with_pillow(image: Any, fd: int, target: Format, *, quality: int, lo
         fields = {"exif": "exif-data", "xmp": "xmp-data", "icc_profile": "icc-profile-data"}
         options |= {key: image.get(field) for key, field in fields.items() if image.get_typeof(field)}
     with os.fdopen(os.dup(fd), "wb") as file:
-        picture.save(file, format={"bmp": "BMP", "heic": "HEIF", "jxl": "JXL"}[target.name], **options)
+        picture.save(file, format=PILLOW_NAMES[target.name], **options)

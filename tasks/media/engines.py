@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from tasks.media.decode import engine, open_image
 from tasks.media.encode import encode
-from tasks.media.formats import FORMATS, READ_ONLY
+from tasks.media.formats import FORMATS, PILLOW_NAMES, READ_ONLY
 from tasks.media.sniff import Input, Limits
 
 SIDE_PX = 16
@@ -45,16 +45,16 @@ def _go_there_and_back(name: str) -> None:
         if name in FORMATS:
             encode(engine().Image.black(SIDE_PX, SIDE_PX, bands=3), file.fileno(), FORMATS[name])
         else:
-            _write_with_pillow(file)
+            _write_with_pillow(name, file)
         size_bytes = os.fstat(file.fileno()).st_size
         limits = Limits(max_pixels=SIDE_PX**2, max_frames=1, max_input_bytes=size_bytes, media_roots=())
         open_image(Input(f"a {name}", file.fileno(), name, size_bytes, frames=1), limits).avg()
 
 
-def _write_with_pillow(file: IO[bytes]) -> None:
+def _write_with_pillow(name: str, file: IO[bytes]) -> None:
     from PIL import Image
 
-    Image.new("RGB", (SIDE_PX, SIDE_PX)).save(file, format="JPEG2000")
+    Image.new("RGB", (SIDE_PX, SIDE_PX)).save(file, format=PILLOW_NAMES[name])
     file.flush()
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal
 
 from tasks.errors import InvalidArguments
 
@@ -17,25 +16,27 @@ class Format:
     has_alpha: bool
     has_frames: bool
     has_16_bit: bool
-    lossless: Literal["never", "always", "choice"]
+    can_be_lossless: bool
     max_side_px: int
 
 
 FORMATS = {
     f.name: f
     for f in (
-        Format("jpeg", ("jpg", "jpeg", "jpe", "jfif"), False, False, False, "never", 65_500),  # libjpeg's own limit
-        Format("png", ("png",), True, False, True, "always", 2**31 - 1),
-        Format("webp", ("webp",), True, True, False, "choice", 16_383),
-        Format("avif", ("avif",), True, False, True, "choice", 16_384),
-        Format("tiff", ("tif", "tiff"), True, False, True, "always", 2**31 - 1),
-        Format("gif", ("gif",), True, True, False, "always", 65_535),
-        Format("bmp", ("bmp",), False, False, False, "always", 32_767),
-        Format("heic", ("heic", "heif"), True, False, False, "choice", 16_384),
-        Format("jxl", ("jxl",), True, False, False, "choice", 2**30 - 1),
+        Format("jpeg", ("jpg", "jpeg", "jpe", "jfif"), False, False, False, False, 65_500),  # libjpeg's own limit
+        Format("png", ("png",), True, False, True, True, 2**31 - 1),
+        Format("webp", ("webp",), True, True, False, True, 16_383),
+        Format("avif", ("avif",), True, False, True, True, 16_384),
+        Format("tiff", ("tif", "tiff"), True, False, True, True, 2**31 - 1),
+        Format("gif", ("gif",), True, True, False, True, 65_535),
+        Format("bmp", ("bmp",), False, False, False, True, 32_767),
+        Format("heic", ("heic", "heif"), True, False, False, True, 16_384),
+        Format("jxl", ("jxl",), True, False, False, True, 2**30 - 1),
     )
 }
 READ_ONLY = ("jp2",)
+PILLOW_NAMES = {"bmp": "BMP", "jp2": "JPEG2000", "heic": "HEIF", "jxl": "JXL"}
+"""The formats that libvips leaves to Pillow, and what that calls them."""
 _BY_SUFFIX = {suffix: f.name for f in FORMATS.values() for suffix in f.suffixes}
 
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import LimitExceeded, UnsupportedMedia
+from tasks.errors import LimitExceeded
 from tasks.media.colour import colour_space, is_srgb
-from tasks.media.decode import corrupt, engine, open_image, pillow_plugin
+from tasks.media.decode import corrupt, engine, open_image
 from tasks.media.encode import encode
-from tasks.media.formats import FORMATS, READ_ONLY, Format
+from tasks.media.formats import FORMATS, Format
 from tasks.media.geometry import Layout, layout
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions, parse_colour
 from tasks.media.output import Staged, atomic_outputs, raise_for_write_error
@@ -132,16 +132,6 @@ def renditions(
                 if progress is not None:
                     progress(100.0 * len(results) / len(wanted))
     return {"outputs": results}
-
-
-def available_formats() -> dict[str, list[str]]:
-    """The formats that this installation reads and writes."""
-    vips = engine()
-    extra = {name for name in ("heic", "jxl", "bmp", "jp2") if not _has_plugin(name)}
-    if not vips.type_find("VipsOperation", "heifsave_target"):
-        extra.add("avif")
-    written = [name for name in FORMATS if name not in extra]
-    return {"read": written + [name for name in READ_ONLY if name not in extra], "write": written}
 
 
 def upright_size(image: Any) -> tuple[int, int]:
@@ -392,11 +382,3 @@ def _frames(image: Any) -> int:
 
 def _orientation(image: Any) -> int:
     return int(image.get("orientation")) if image.get_typeof("orientation") else 1
-
-
-def _has_plugin(media_format: str) -> bool:
-    try:
-        pillow_plugin(media_format)
-    except (UnsupportedMedia, KeyError):
-        return False
-    return True

@@ -6,7 +6,7 @@ the argument, its limit and the remedy.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, TypeGuard
 
 from tasks.errors import InvalidArguments
@@ -51,23 +51,21 @@ class ResizeOptions:
     width: int | None = None
     height: int | None = None
     fit: str | None = None
-    preserve_aspect: bool | None = None
+    preserve_aspect: InitVar[bool | None] = None
     enlarge: bool = False
     quality: int = 85
     background: str = "white"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, preserve_aspect: bool | None) -> None:
         if self.width is None and self.height is None:
             raise InvalidArguments("neither width nor height is given; give at least one of them, in pixels")
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), MAX_SIDE_PX, "px")
-        for name in ("enlarge", "preserve_aspect"):
-            if getattr(self, name) is not None:
-                _check_bool(name, getattr(self, name))
-        fit = _resolve_fit(self.fit, self.preserve_aspect)
-        object.__setattr__(self, "fit", fit)
-        object.__setattr__(self, "preserve_aspect", fit != "fill")
+        for name, value in (("enlarge", self.enlarge), ("preserve_aspect", preserve_aspect)):
+            if value is not None:
+                _check_bool(name, value)
+        object.__setattr__(self, "fit", _resolve_fit(self.fit, preserve_aspect))
         _check_int("quality", self.quality, 100)
         parse_colour(self.background)
 
@@ -100,7 +98,7 @@ class ConversionOptions:
     def format_for(self, output: str) -> Format:
         """The format of `output`; refused where it contradicts `format` or `lossless`."""
         target = format_of_output(output, self.format)
-        if self.lossless and target.lossless == "never":
+        if self.lossless and not target.can_be_lossless:
             raise InvalidArguments(
                 f"lossless: {target.name} is always lossy; drop lossless, or write png, webp or tiff"
             )

@@ -1,15 +1,18 @@
 """Images that the tests make themselves, and a folder of real photographs where there is one."""
 
+import json
 import struct
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.media.decode import engine
+from tasks.media.engines import try_all
 from tasks.media.samples import make_photos
 from tasks.media.sniff import Limits
 from tests.media.limits import LIMITS
@@ -25,6 +28,20 @@ def vips() -> Any:
 @pytest.fixture
 def limits() -> Limits:
     return LIMITS
+
+
+@pytest.fixture
+def lacks() -> Callable[[], dict[str, str]]:
+    """Asks the engines anew, here in this process: {format that can't be read or written here: why}."""
+
+    def ask() -> dict[str, str]:
+        answers = StringIO()
+        try_all(["pyvips"], answers)
+        *formats, pyvips = map(json.loads, answers.getvalue().splitlines())
+        assert pyvips == {"module": "pyvips", "reason": None}
+        return {found["format"]: found["reason"] for found in formats}
+
+    return ask
 
 
 @pytest.fixture(scope="session")
