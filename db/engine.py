@@ -22,9 +22,8 @@ from db.errors import explained, is_transient
 from db.postgres import PostgresPool
 from db.sqlite import SqliteFile
 
-__all__ = ["Database", "is_transient", "patiently"]
-
 T = TypeVar("T")
+LONGEST_WAIT_S: Final = 5.0
 
 
 class Database:
@@ -55,7 +54,8 @@ class Database:
             else PostgresPool(self.url, pool_size=pool_size, options=options)
         )
         self._here = _Here()
-        self._is_checked = False
+        self.is_checked = False
+        """Whether this process has looked at the schema of the file or server that it is connected to."""
         _databases.add(self)
 
     def __str__(self) -> str:
@@ -93,19 +93,14 @@ class Database:
         with self._entered(self._server.connection(), is_in_transaction=False) as connection:
             yield connection
 
-    @property
-    def is_checked(self) -> bool:
-        """Whether this process has looked at the schema of the file or server that it is connected to."""
-        if self._is_checked and self._server.is_replaced:
+    def close_if_replaced(self) -> None:
+        """Close the connection to a file that is no longer the one at its path, so that the next use opens that one."""
+        if self.is_checked and self._server.is_replaced:
             self.close()
-        return self._is_checked
-
-    def mark_checked(self) -> None:
-        self._is_checked = True
 
     def close(self) -> None:
         """Close this process's connections; the next use opens new ones."""
-        self._is_checked = False
+        self.is_checked = False
         self._server.close()
 
     @contextmanager
@@ -156,14 +151,11 @@ os.register_at_fork(
 )
 
 
-def patiently(
-    call: Callable[[], T], *, on_wait: Callable[[BaseException, float], None], longest_wait_s: float = 5.0
-) -> T:
+def patiently(call: Callable[[], T], *, on_wait: Callable[[BaseException, float], None]) -> T:
     """Call until the database answers. Each call must be safe to repeat, as a lost connection may hide a commit.
 
     Args:
-        on_wait: Told the error and the seconds until the next try.
-        longest_wait_s: Waits double from 50 ms up to this.
+        on_wait: Told the error and the seconds until the next try, which double from 50 ms up to LONGEST_WAIT_S.
     """
     wait_s = 0.05
     while True:
@@ -174,4 +166,4 @@ def patiently(
                 raise
             on_wait(exc, wait_s)
         time.sleep(wait_s)
-        wait_s = min(2 * wait_s, longest_wait_s)
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)

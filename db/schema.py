@@ -31,6 +31,7 @@ def ensure_schema(database: Database) -> None:
     Raises:
         DatabaseNotReady: The schema is of a newer major version, or PostgreSQL's is missing or older.
     """
+    database.close_if_replaced()
     if database.is_checked:
         return
     version = current_version(database)
@@ -39,7 +40,7 @@ def ensure_schema(database: Database) -> None:
             state = "no schema" if version is None else f"schema {version}, older than {HEAD}"
             raise DatabaseNotReady(f"{database} has {state}; run: celery -A tasks db upgrade")
         upgrade(database)
-    database.mark_checked()
+    database.is_checked = True
 
 
 def upgrade(database: Database) -> None:

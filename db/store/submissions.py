@@ -20,25 +20,24 @@ _SUBMITTED: Final = ("task_type", "queue", "parameters", "priority", "max_retrie
 class Submissions(Part):
     """New jobs, and old ones again."""
 
-    def enqueue(self, job: NewJob, *, worker_id: str | None = None, is_resting: bool = False) -> Publication | None:
+    def enqueue(self, job: NewJob, *, is_resting: bool = False) -> Publication | None:
         """Write a new job as queued; None if its id is there already: the row stays as it is and needs no message.
 
         A resting one is published later, by a dispatcher, at `run_after_utc` (at once, without it).
         """
         with self._writing("enqueue", job.job_id) as (connection, at, earlier):
-            return self._enqueued(connection, job, worker_id, at, earlier, is_resting=is_resting)
+            return self._enqueued(connection, job, at, earlier, is_resting=is_resting)
 
     def _enqueued(
         self,
         connection: Connection,
         job: NewJob,
-        worker_id: str | None,
         at: datetime,
         earlier: Collection[datetime],
         *,
         is_resting: bool,
     ) -> Publication | None:
-        if self._insert_job(connection, job, worker_id, at, is_resting=is_resting):
+        if self._insert_job(connection, job, None, at, is_resting=is_resting):
             return Publication(1, job.priority, is_resting)
         standing = standing_of(connection, job.job_id) if earlier else None
         is_mine = standing is not None and standing["created_at"] in earlier
@@ -58,7 +57,7 @@ class Submissions(Part):
                     living = _holder_of_key(connection, job, at)
                     if living is not None and living != job.job_id:
                         return living, None
-                    return job.job_id, self._enqueued(connection, job, None, at, earlier, is_resting=is_resting)
+                    return job.job_id, self._enqueued(connection, job, at, earlier, is_resting=is_resting)
             except IntegrityError:  # another submission was faster; it is found now, or its job has ended already
                 if not tries_left:
                     raise
@@ -76,7 +75,6 @@ class Submissions(Part):
         job: NewJob | None = None,
         is_resting: bool = False,
         only_unsent: bool = False,
-        event: str = "replayed",
     ) -> Publication | None:
         """Queue a failed or cancelled job again, as new; None if it is neither.
 
@@ -120,7 +118,7 @@ class Submissions(Part):
             ).one_or_none()
             if row is None:
                 return publication_at(connection, job_id, earlier, is_resting)
-            log(connection, job_id, row.sequence, event, None, at)
+            log(connection, job_id, row.sequence, "replayed", None, at)
             return Publication(row.publication, row.priority, is_resting)
 
 

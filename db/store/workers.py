@@ -1,7 +1,7 @@
 """Workers: their heartbeats, which show them, and their leases, which are the truth about who holds an attempt."""
 
-from collections.abc import Collection, Mapping
-from typing import Any, Final
+from collections.abc import Collection
+from typing import Final
 from uuid import uuid4
 
 from sqlalchemy import delete, exists, or_, select, update
@@ -30,12 +30,10 @@ class Workers(Part):
         with self._changing() as connection:
             connection.execute(statement.on_conflict_do_update(index_elements=["worker_id"], set_=values))
 
-    def log_worker(
-        self, worker_id: str | None, event: str, message: str, details: Mapping[str, Any] | None = None
-    ) -> None:
+    def log_worker(self, worker_id: str | None, event: str, message: str) -> None:
         """A change that belongs to no job: a worker's start or stop, a message that could not be read."""
         with self._changing() as connection:
-            log(connection, None, 0, event, worker_id, now(), message, details)
+            log(connection, None, 0, event, worker_id, now(), message)
 
     def workers(self, *, heard_within_s: float | None = None) -> list[Row]:
         """The worker_heartbeats rows; only those alive if `heard_within_s` is given."""

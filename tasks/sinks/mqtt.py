@@ -28,6 +28,7 @@ from tasks.sinks.limit import Limit
 logger = logging.getLogger(__name__)
 
 WINDOW: Final = 200
+GONE_WITHIN_S: Final = 2.0
 WAIT_FOR_RECONNECT_S: Final = (1, 5)
 CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
 # Two clients of one name would throw each other off once a second: who was thrown off waits, the second time longer.
@@ -137,11 +138,11 @@ class MqttSink:
         self._showing.add(self._client.publish(self._topic, payload, qos=1, retain=True, properties=properties))
         self._shown, self._show_again_at = news, time.monotonic() + heartbeat_s
 
-    def stop(self, timeout_s: float = 2.0) -> None:
+    def stop(self) -> None:
         """Say that the worker is gone, and disconnect."""
         if self._client is None:
             return
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + GONE_WITHIN_S
         if self._is_open:
             self._showing.add(self._client.publish(self._topic, b"", qos=1, retain=True))
             while self._showing.count() and self._is_open and time.monotonic() < deadline:

@@ -218,13 +218,6 @@ class TestReplay:
         assert row["published_at"] >= before
         assert store.take_due(10) == []
 
-    def test_its_change_has_the_callers_name(self, store):
-        job = self.dead(store)
-
-        store.replay(job.job_id, event="rescued")
-
-        assert events_of(store, job) == ["created", "failed", "rescued"]
-
     def test_only_a_job_that_was_never_sent_is_replayed_if_so_asked(self, store):
         unsent = new_job()
         store.end(unsent, Status.FAILED, FAILURE, was_sent=False)

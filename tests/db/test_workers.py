@@ -27,7 +27,7 @@ class TestWorkers:
         assert store.workers(heard_within_s=-1.0) == []
 
     def test_changes_that_belong_to_no_job_are_logged(self, store):
-        store.log_worker("worker-1", "started", "worker started", {"pid": 1})
+        store.log_worker("worker-1", "started", "worker started")
         store.log_worker("worker-1", "stopped", "worker stopped")
 
         with store.database.reading() as connection:
