@@ -130,6 +130,22 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """What must still hold for an end to be written: else it comes too late.
+
+    Of an attempt: that it runs. Of a message, by its publication: that its job waits, or with `may_run` also that it
+    runs. Without either: that the job has not ended.
+    """
+
+    attempt: int | None = None
+    publication: int | None = None
+    may_run: bool = False
+
+
+UNFENCED = Fence()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Why a job failed, as it stands in its row. `details` goes to the log only."""
 

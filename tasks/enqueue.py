@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
 
-from db.records import PENDING, NewJob, Publication, Status, now
+from db.records import PENDING, Fence, NewJob, Publication, Status, now
 from tasks import capabilities
 from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
@@ -292,8 +292,8 @@ def _publish(
     except Exception as exc:
         if not is_patient:
             error = explained(exc, app.settings.broker_url)
-            job = NewJob(job_id=task_id, task_type=name, queue=name, parameters={})
-            app.store.end(job, Status.FAILED, describe(error), publication=publication.number)
+            fence = Fence(publication=publication.number, may_run=True)  # it may have been sent all the same
+            app.store.end(task_id, Status.FAILED, describe(error), fence=fence)
             if error is exc:
                 raise
             raise error from exc

@@ -308,8 +308,8 @@ class Job(Task):
 
         claim = app.patiently(
             lambda: app.store.claim(
-                lambda: self._unknown_job(args, kwargs),
-                job_id=request.id,
+                request.id,
+                unknown=lambda: self._unknown_job(args, kwargs),
                 publication=self._eager_publication() if request.is_eager else request.get("publication") or 1,
                 worker_id=app.worker_id,
                 lease=None if request.is_eager else app.lease,

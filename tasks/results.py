@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
@@ -16,7 +17,7 @@ from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
 from kombu.exceptions import EncodeError
 
-from db.records import NewJob, Status
+from db.records import UNFENCED, Fence, NewJob, Status
 from tasks.errors import ResultsNotRead
 from tasks.job import follows_up
 from tasks.remedy import is_transient
@@ -137,24 +138,15 @@ class JobBackend(BaseBackend):
         return result
 
     def _end(self, task_id: str, exc: Any, status: Status, traceback: Any, request: Any) -> bool:
-        if request is None and self.app.patiently(lambda: self.app.store.job(task_id)) is None:
-            return False  # a group or another canvas: its members have rows
+        """Write it; False if it came too late, or there is no such row: a group's, say, whose members have rows."""
         name = getattr(request, "task", None)
         if name is not None and not self.app.is_recorded(name):
             return True
-        attempt, publication = _attempt(request), request.get("publication") if request else None
-        job = _job(self.app, task_id, request)
-        failure = describe(exc, traceback)
+        failure, fence = describe(exc, traceback), _fence(request)
+        unknown = None if request is None else partial(_job, self.app, task_id, request)
+        was_sent = bool(request and request.delivery_info and not request.get("is_unsent"))
         return self.app.patiently(
-            lambda: self.app.store.end(
-                job,
-                status,
-                failure,
-                attempt=attempt,
-                publication=None if attempt else publication,
-                only_queued=publication is not None and not attempt and not request.get("is_terminated"),
-                was_sent=bool(request and request.delivery_info and not request.get("is_unsent")),
-            )
+            lambda: self.app.store.end(task_id, status, failure, fence=fence, unknown=unknown, was_sent=was_sent)
         )
 
     # Read by AsyncResult
@@ -321,11 +313,21 @@ def _results_of(signature: Any, app: "MediaTasks") -> Iterator[tuple[str, Any]]:
 
 
 def _job(app: "MediaTasks", task_id: str, request: Any) -> NewJob:
-    if request is None:
-        return NewJob(job_id=task_id, task_type="unknown", queue="unknown", parameters={})
-    task = app.tasks.get(getattr(request, "task", None) or "")
+    """The row of a job that ends without one."""
     request.id = request.id or task_id
+    task = app.tasks.get(getattr(request, "task", None) or "")
     return job_of_request(task or request, request, request.args or (), request.kwargs or {})
+
+
+def _fence(request: Any) -> Fence:
+    """What a request may end: its attempt; or, before one began, its message's job, and what that runs if it is to be
+    terminated. A request of no message may end whatever there is.
+    """
+    if request is None:
+        return UNFENCED
+    if (attempt := _attempt(request)) is not None:
+        return Fence(attempt=attempt)
+    return Fence(publication=request.get("publication"), may_run=bool(request.get("is_terminated")))
 
 
 def _attempt(request: Any) -> int | None:

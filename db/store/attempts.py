@@ -1,14 +1,28 @@
 """One job's way through its row: claimed, closed or requeued, ended; each a single atomic change."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, update
+from sqlalchemy import ColumnElement, Connection, update
 
 from db import statements
 from db.models import task_queue, worker_leases
-from db.records import Claim, Closed, Decision, Failure, Holder, Liveness, NewJob, Publication, Row, Status, now
+from db.records import (
+    UNFENCED,
+    Claim,
+    Closed,
+    Decision,
+    Failure,
+    Fence,
+    Holder,
+    Liveness,
+    NewJob,
+    Publication,
+    Row,
+    Status,
+    now,
+)
 from db.statements import ACTIVE, RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
 from db.store.base import Part, failure_columns, log, log_failure, publication_at, standing_of, text
 
@@ -23,9 +37,9 @@ class Attempts(Part):
 
     def claim(
         self,
-        job: NewJob | Callable[[], NewJob],
-        *,
         job_id: str,
+        *,
+        unknown: Callable[[], NewJob],
         publication: int,
         worker_id: str,
         lease: str | None,
@@ -40,7 +54,7 @@ class Attempts(Part):
         message came from another Celery client) gets one first. A job of a paused queue goes to rest.
 
         Args:
-            job: The row of a message that has none; called only then.
+            unknown: Makes the row of a message that has none; called only then.
             is_loss: The broker has redelivered the message, and does so only after it lost the consumer. It decides
                 where the holder can't be looked at; that is no proof of a death, unless it happens again and again.
             judge: Tells from the holder's lease whether it lives.
@@ -55,8 +69,7 @@ class Attempts(Part):
             }
             row = statements.CLAIM.execute(connection, bound)
             if row is None and standing_of(connection, job_id) is None:
-                new = job() if callable(job) else job
-                self._insert_job(connection, new, worker_id, at, publication)
+                self._insert_job(connection, unknown(), worker_id, at, publication)
                 row = statements.CLAIM.execute(connection, bound)
             if row is not None:
                 return _running(row.attempt, row.deaths, max_deaths)
@@ -197,32 +210,29 @@ class Attempts(Part):
 
     def end(
         self,
-        job: NewJob,
+        job_id: str,
         status: Status,
         failure: Failure,
         *,
-        attempt: int | None = None,
-        publication: int | None = None,
-        only_queued: bool = False,
+        fence: Fence = UNFENCED,
+        unknown: Callable[[], NewJob] | None = None,
         was_sent: bool = True,
     ) -> bool:
-        """Any unfinished status -> failed or cancelled; a job without a row gets one, ended.
+        """Any unfinished status -> failed or cancelled.
 
-        `attempt` fences a write by the attempt itself, `publication` one by somebody who only knows the message; with
-        `only_queued` that leaves an attempt alone which runs already. One that was never sent, but waited for another
-        job, is never `published_at` a time.
-        False if it came too late; True again when it is repeated by the attempt, or after a lost connection.
+        False if it came too late, or there is no such job; True again when it is repeated by the attempt, or after a
+        lost connection.
+
+        Args:
+            unknown: Makes the row of a job that has none, which gets one, ended. Not that of an attempt: it had a row,
+                and if that is gone, so is its job.
+            was_sent: Whether that job had a message. One that waited for another job is never `published_at` a time.
         """
-        of_fence = [is_one_of([Status.QUEUED] if only_queued else UNFINISHED)]
-        if attempt is not None:  # one that has queued its job again has nothing more to end
-            of_fence = [task_queue.c.attempt == attempt, is_one_of(ACTIVE)]
-        if publication is not None:
-            of_fence.append(task_queue.c.publication == publication)
-        key = ("end", job.job_id, status.value, attempt, publication)
+        key = ("end", job_id, status.value, fence.attempt, fence.publication)
         with self._writing(*key) as (connection, at, earlier), self.database.transaction():
             ending = (
                 update(task_queue)
-                .where(of_job, *of_fence)
+                .where(of_job, *_holds(fence))
                 .values(
                     status=status,
                     completed_at=at,
@@ -233,16 +243,26 @@ class Attempts(Part):
                 )
                 .returning(*RETURNED)
             )
-            row = connection.execute(ending, {"b_job_id": job.job_id}).one_or_none()
-            # An attempt had a row: if that is gone, so is its job.
-            number = publication or 1
-            is_new = row is None and attempt is None
-            if is_new and self._insert_job(connection, job, None, at, number, was_sent=was_sent):
-                row = connection.execute(ending, {"b_job_id": job.job_id}).one()
+            row = connection.execute(ending, {"b_job_id": job_id}).one_or_none()
+            if row is None and unknown is not None and fence.attempt is None:
+                self._insert_job(connection, unknown(), None, at, fence.publication or 1, was_sent=was_sent)
+                row = connection.execute(ending, {"b_job_id": job_id}).one_or_none()
             if row is None:
-                return _has_ended(connection, job.job_id, status, attempt, earlier)
-            log_failure(connection, job.job_id, row.sequence, status.value, row.claimed_by, at, failure, {})
+                return _has_ended(connection, job_id, status, fence.attempt, earlier)
+            log_failure(connection, job_id, row.sequence, status.value, row.claimed_by, at, failure, {})
             return True
+
+
+def _holds(fence: Fence) -> Iterator[ColumnElement[bool]]:
+    """The fence, in SQL."""
+    if fence.attempt is not None:
+        yield task_queue.c.attempt == fence.attempt
+        yield is_one_of(ACTIVE)  # one that has queued its job again has nothing more to end
+    elif fence.publication is not None:
+        yield task_queue.c.publication == fence.publication
+        yield is_one_of(UNFINISHED if fence.may_run else [Status.QUEUED])
+    else:
+        yield is_one_of(UNFINISHED)
 
 
 def _has_ended(

@@ -123,8 +123,8 @@ class Commands:
     def claim(self, job: NewJob, worker_id: str = "edge-1") -> Claim:
         """A claim as the guard makes it for a first delivery."""
         return self.store.claim(
-            job,
-            job_id=job.job_id,
+            job.job_id,
+            unknown=lambda: job,
             publication=1,
             worker_id=worker_id,
             lease=f"lease of {worker_id}",

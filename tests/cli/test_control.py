@@ -2,10 +2,11 @@
 
 import json
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
-from db.records import Failure, NewJob, Status, now
+from db.records import Failure, Fence, NewJob, Status, now
 from tasks.cli.jobs import jobs
 from tests.tooling import processes
 from tests.tooling.waiting import eventually
@@ -19,7 +20,7 @@ def failed(commands):
 
     def make(job_id, **columns):
         commands.claim(job := commands.job(job_id, **columns))
-        assert commands.store.end(job, Status.FAILED, CORRUPT, attempt=1)
+        assert commands.store.end(job.job_id, Status.FAILED, CORRUPT, fence=Fence(attempt=1))
         return job
 
     return make
@@ -155,8 +156,9 @@ def test_failed_leaves_jobs_alone_that_failed_with_the_one_they_wait_for(command
     """They lack its result, and follow it by themselves."""
     failed("first-step")
     for number in range(5):
-        after = NewJob(job_id=f"after-{number}", task_type="image_resize", queue="image_resize", parameters={})
-        assert commands.store.end(after, Status.FAILED, CORRUPT, was_sent=False)
+        job_id = f"after-{number}"
+        unknown = partial(NewJob, job_id=job_id, task_type="image_resize", queue="image_resize", parameters={})
+        assert commands.store.end(job_id, Status.FAILED, CORRUPT, unknown=unknown, was_sent=False)
 
     result = commands.run(jobs, "replay", "--failed", "--limit", "1")
 

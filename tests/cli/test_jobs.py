@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from db.records import Failure, Status, now
+from db.records import Failure, Fence, Status, now
 from tasks.cli.jobs import jobs
 from tasks.errors import CorruptMedia
 
@@ -28,10 +28,10 @@ def every_status(commands):
     commands.claim(completed := commands.job(ID))
     commands.store.complete(completed.job_id, 1, {"output": "/data/out.webp", "width": 800})
     commands.claim(failed := commands.job(OTHER))
-    commands.store.end(failed, Status.FAILED, CORRUPT, attempt=1)
-    commands.store.end(
-        commands.job("3333cccc-cancelled"), Status.CANCELLED, Failure(error_type="TaskRevokedError", error_message="x")
-    )
+    commands.store.end(failed.job_id, Status.FAILED, CORRUPT, fence=Fence(attempt=1))
+    cancelled = commands.job("3333cccc-cancelled")
+    revoked = Failure(error_type="TaskRevokedError", error_message="x")
+    commands.store.end(cancelled.job_id, Status.CANCELLED, revoked, unknown=lambda: cancelled)
     return commands
 
 
@@ -91,7 +91,9 @@ def test_a_pipe_gets_every_job_on_one_whole_line(every_status):
 def test_a_pipe_gets_of_a_long_reason_its_kind_and_its_remedy_and_json_has_it_all(every_status):
     reason = f"/{'deep/' * 1200}in.jpg can't be decoded as jpeg; upload it again"
     every_status.claim(job := every_status.job("long"))
-    every_status.store.end(job, Status.FAILED, Failure(error_type="CorruptMedia", error_message=reason), attempt=1)
+    every_status.store.end(
+        job.job_id, Status.FAILED, Failure(error_type="CorruptMedia", error_message=reason), fence=Fence(attempt=1)
+    )
 
     lines = lines_of(every_status.run(jobs, "list"))
     row = json.loads(lines_of(every_status.run(jobs, "list", "--json"))[0])
@@ -226,7 +228,7 @@ def test_the_traceback_of_a_bug_stands_under_its_change(commands):
     commands.claim(job := commands.job(ID))
     details = {"traceback": 'Traceback (most recent call last):\n  File "x.py", line 1\nKeyError: 5\n'}
     bug = Failure(error_type="KeyError", error_message="5", details=details)
-    commands.store.end(job, Status.FAILED, bug, attempt=1)
+    commands.store.end(job.job_id, Status.FAILED, bug, fence=Fence(attempt=1))
 
     assert lines_of(commands.run(jobs, "show", ID))[-3:] == [
         "        Traceback (most recent call last):",
@@ -266,7 +268,7 @@ def test_what_a_file_name_holds_cannot_steer_the_terminal_nor_pass_for_markup(co
     job = commands.job(ID, parameters={"input": "/data/in.jpg"})
     commands.claim(job)
     nasty = Failure(error_type="CorruptMedia", error_message="[red]a\nb\x1b[2J\udcff.jpg[/] can't be decoded")
-    commands.store.end(job, Status.FAILED, nasty, attempt=1)
+    commands.store.end(job.job_id, Status.FAILED, nasty, fence=Fence(attempt=1))
 
     listed = lines_of(commands.run(jobs, "list"))
     shown = commands.run(jobs, "show", ID).stdout

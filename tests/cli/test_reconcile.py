@@ -17,7 +17,7 @@ from tasks.rows import describe
 from tests.acceptance.deployment import deployed
 from tests.tooling.waiting import eventually
 from tests.unit import jobs
-from tests.unit.jobs import claimed_by, messages, new_job
+from tests.unit.jobs import claimed_by, messages
 
 SILENT_ELSEWHERE = "INSERT INTO worker_leases VALUES ('a-lease', 'far-1', 'another host', '2026-01-01 00:00:00.000000')"
 
@@ -244,7 +244,7 @@ def test_a_dry_run_names_one_of_each_and_changes_nothing(celery, mqtt, server_di
         # Given ends that were not told, and a lost message
         failed, cancelled = (chain(add.s(n, n), add.s(1))().parent for n in range(2))
         for job, status, ago_s in ((failed, Status.FAILED, 20), (cancelled, Status.CANCELLED, 10)):
-            app.store.end(new_job(job.id), status, describe(CorruptMedia("the file is broken")))
+            app.store.end(job.id, status, describe(CorruptMedia("the file is broken")))
             jobs.change(app, job, completed_at=now() - timedelta(seconds=ago_s))
         lost = add.delay(2, 2)
         jobs.change(app, lost, published_at=past)

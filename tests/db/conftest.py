@@ -113,7 +113,7 @@ def claim(
     # Through a store of its own: the next write of this one may have to be lost.
     Store(store.database).renew_lease(lease, worker_id, "this host")
     defaults = {"publication": 1, "is_loss": False, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
-    return store.claim(job, job_id=job.job_id, worker_id=worker_id, **{**defaults, **values})
+    return store.claim(job.job_id, unknown=lambda: job, worker_id=worker_id, **{**defaults, **values})
 
 
 def running(store: Store, worker_id: str = "worker-1", **values: Any) -> tuple[NewJob, int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from db.records import Decision, Holder, Liveness, Status
+from db.records import Decision, Fence, Holder, Liveness, Status
 from db.store.attempts import SUSPECT_DELIVERIES
 from tests.db.conftest import LOST, claim, events_of, new_job, row_of, running
 
@@ -38,8 +38,8 @@ class TestClaim:
 
         def claim_by(make):
             return store.claim(
-                make,
-                job_id=job.job_id,
+                job.job_id,
+                unknown=make,
                 publication=1,
                 worker_id="worker-1",
                 lease=None,
@@ -88,7 +88,7 @@ class TestClaim:
         if status is Status.COMPLETED:
             store.complete(job.job_id, attempt, {})
         else:
-            store.end(job, status, LOST, attempt=attempt)
+            store.end(job.job_id, status, LOST, fence=Fence(attempt=attempt))
         before = row_of(store, job)
 
         for is_loss in (False, True):
@@ -181,7 +181,7 @@ class TestClaim:
         assert decisions == [Decision.RUN, Decision.RUN, Decision.POISON]
         row = row_of(store, job)
         assert (row["deaths"], row["attempt"], row["status"]) == (3, 7, "running")
-        assert store.end(job, Status.FAILED, LOST, attempt=7)
+        assert store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=7))
         assert events_of(store, job)[-3:] == ["claimed", "started", "failed"]
 
     def test_a_message_that_comes_back_again_and_again_is_poison_in_the_end(self, store):

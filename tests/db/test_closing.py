@@ -2,7 +2,7 @@
 
 import pytest
 
-from db.records import Claim, Closed, Decision, Failure, Liveness, Status, now
+from db.records import Claim, Closed, Decision, Failure, Fence, Liveness, Status, now
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 
 FAILURE = Failure(error_type="E", error_message="m")
@@ -60,7 +60,7 @@ class TestClose:
         assert not store.owns(job.job_id, attempt)
         assert not store.progress(job.job_id, attempt, percent=1.0)
         assert not store.complete(job.job_id, attempt, {})
-        assert not store.end(job, Status.FAILED, FAILURE, attempt=attempt)
+        assert not store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
         assert store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1) is None
         assert row_of(store, job)["status"] == "queued"
 
@@ -70,7 +70,7 @@ class TestClose:
         if status is Status.COMPLETED:
             store.complete(job.job_id, attempt, {})
         else:
-            store.end(job, status, FAILURE, attempt=attempt)
+            store.end(job.job_id, status, FAILURE, fence=Fence(attempt=attempt))
 
         assert store.close(job.job_id, attempt, reason="late") is None
 

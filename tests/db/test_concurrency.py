@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 
-from db.records import Decision, Failure, Heartbeat, Liveness, Status, now
+from db.records import Decision, Failure, Fence, Heartbeat, Liveness, Status, now
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 from tests.db.processes import in_processes
 
@@ -80,7 +80,9 @@ def test_many_jobs_live_a_whole_life_at_once_without_an_error(store):
             if index % 4:
                 assert store.complete(job.job_id, attempt, {"index": index})
             else:
-                assert store.end(job, Status.FAILED, Failure(error_type="E", error_message="m"), attempt=attempt)
+                assert store.end(
+                    job.job_id, Status.FAILED, Failure(error_type="E", error_message="m"), fence=Fence(attempt=attempt)
+                )
             store.chord_parts(f"group-{index}", PROCESSES)
 
     in_processes(PROCESSES, live)

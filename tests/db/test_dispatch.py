@@ -106,7 +106,7 @@ class TestResting:
     def test_a_job_that_has_ended_does_not_rest(self, store):
         job = new_job()
         store.enqueue(job)
-        store.end(job, Status.CANCELLED, FAILURE)
+        store.end(job.job_id, Status.CANCELLED, FAILURE)
 
         assert not store.rest(job.job_id, 1)
 
@@ -159,7 +159,7 @@ class TestTakeDue:
         store.enqueue(new_job())
         running(store)
         cancelled = rest(store)
-        store.end(cancelled, Status.CANCELLED, FAILURE)
+        store.end(cancelled.job_id, Status.CANCELLED, FAILURE)
 
         assert store.take_due(10) == []
 
@@ -236,7 +236,7 @@ class TestTakeDue:
         def work(number):
             if number % 2:
                 for job in reversed(jobs[number * 15 : number * 15 + 15]):
-                    store.end(job, Status.CANCELLED, FAILURE)
+                    store.end(job.job_id, Status.CANCELLED, FAILURE)
                 return []
             taken = []
             while store.next_due_s() is not None:
@@ -293,7 +293,7 @@ class TestNextDue:
     def test_published_and_ended_jobs_do_not_count(self, store):
         store.enqueue(new_job(run_after_utc=now() + SOON))
         cancelled = rest(store)
-        store.end(cancelled, Status.CANCELLED, FAILURE)
+        store.end(cancelled.job_id, Status.CANCELLED, FAILURE)
         rest(store)
         store.take_due(1)
 
@@ -314,7 +314,7 @@ class TestPublished:
         rest(store)
         running(store)
         ended = new_job()
-        store.end(ended, Status.FAILED, FAILURE)
+        store.end(ended.job_id, Status.FAILED, FAILURE)
 
         assert store.published(now()) == {"image_resize": 2, "video_probe": 1}
 
@@ -420,14 +420,14 @@ class TestExpired:
         running(store, expires_at=now())
         ended = new_job(expires_at=now())
         store.enqueue(ended)
-        store.end(ended, Status.CANCELLED, FAILURE)
+        store.end(ended.job_id, Status.CANCELLED, FAILURE)
 
         assert store.expired() == []
 
     def test_a_replayed_job_does_not_expire_again(self, store):
         job = new_job(expires_at=now())
         store.enqueue(job)
-        store.end(job, Status.CANCELLED, FAILURE)
+        store.end(job.job_id, Status.CANCELLED, FAILURE)
 
         store.replay(job.job_id)
 

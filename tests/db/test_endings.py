@@ -2,7 +2,7 @@
 
 import pytest
 
-from db.records import Decision, Failure, Liveness, Publication, Status, now
+from db.records import Decision, Failure, Fence, Liveness, Publication, Status, now
 from tests.db.conftest import LOST, WHEN, claim, events_of, new_job, row_of, running
 
 
@@ -28,8 +28,8 @@ class TestFences:
         [
             lambda store, job, attempt: store.progress(job.job_id, attempt, percent=50.0),
             lambda store, job, attempt: store.complete(job.job_id, attempt, {"output": "late"}),
-            lambda store, job, attempt: store.end(job, Status.FAILED, LOST, attempt=attempt),
-            lambda store, job, attempt: store.end(job, Status.CANCELLED, LOST, attempt=attempt),
+            lambda store, job, attempt: store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=attempt)),
+            lambda store, job, attempt: store.end(job.job_id, Status.CANCELLED, LOST, fence=Fence(attempt=attempt)),
             lambda store, job, attempt: store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1),
             lambda store, job, attempt: store.close(job.job_id, attempt, reason="late"),
         ],
@@ -48,14 +48,21 @@ class TestFences:
         job, attempt = running(store)
         store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
 
-        assert not store.end(job, Status.FAILED, LOST, publication=1)
+        assert not store.end(job.job_id, Status.FAILED, LOST, fence=Fence(publication=1, may_run=True))
         assert row_of(store, job)["status"] == "queued"
-        assert store.end(job, Status.FAILED, LOST, publication=2)
+        assert store.end(job.job_id, Status.FAILED, LOST, fence=Fence(publication=2, may_run=True))
+
+    def test_an_end_by_a_message_that_waits_leaves_a_running_attempt_alone(self, store):
+        job, attempt = running(store)
+
+        assert not store.end(job.job_id, Status.FAILED, LOST, fence=Fence(publication=1))
+        assert store.owns(job.job_id, attempt)
+        assert store.end(job.job_id, Status.FAILED, LOST, fence=Fence(publication=1, may_run=True))
 
     def test_an_attempt_whose_row_is_gone_leaves_no_row(self, store):
         job = new_job()
 
-        assert not store.end(job, Status.FAILED, LOST, attempt=2)
+        assert not store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=2), unknown=lambda: job)
         assert not store.complete(job.job_id, 2, {})
 
         assert store.job(job.job_id) is None
@@ -113,8 +120,8 @@ class TestEnds:
     def test_ending_again_is_true_and_logged_once(self, store, status):
         job, attempt = running(store)
 
-        assert store.end(job, status, LOST, attempt=attempt)
-        assert store.end(job, status, LOST, attempt=attempt)
+        assert store.end(job.job_id, status, LOST, fence=Fence(attempt=attempt))
+        assert store.end(job.job_id, status, LOST, fence=Fence(attempt=attempt))
 
         assert events_of(store, job).count(status.value) == 1
 
@@ -122,8 +129,8 @@ class TestEnds:
         job, attempt = running(store)
         store.complete(job.job_id, attempt, {"output": "a"})
 
-        assert not store.end(job, Status.FAILED, LOST, attempt=attempt)
-        assert not store.end(job, Status.CANCELLED, LOST)
+        assert not store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=attempt))
+        assert not store.end(job.job_id, Status.CANCELLED, LOST)
         assert store.replay(job.job_id) is None
 
         assert events_of(store, job)[-1] == "completed"
@@ -134,7 +141,7 @@ class TestEnds:
             error_type="CorruptMedia", error_message="in.jpg ends early", error_module="m", details={"traceback": "..."}
         )
 
-        store.end(job, Status.FAILED, failure, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, failure, fence=Fence(attempt=attempt))
 
         row, log = row_of(store, job), store.logs(job.job_id)[-1]
         assert (row["error_type"], row["error_message"], row["error_module"]) == (
@@ -149,7 +156,7 @@ class TestEnds:
         store.progress(job.job_id, attempt, percent=1.0, stage="x" * 300 + "\udcff")
         failure = Failure(error_type="E" * 300, error_message="photo\udcff.jpg\x00 is broken")
 
-        assert store.end(job, Status.FAILED, failure, attempt=attempt)
+        assert store.end(job.job_id, Status.FAILED, failure, fence=Fence(attempt=attempt))
 
         row = row_of(store, job)
         assert row["error_message"] == "photo\\udcff.jpg\\0 is broken"
@@ -159,16 +166,30 @@ class TestEnds:
     def test_a_job_without_a_row_gets_one_that_has_ended(self, store, publication):
         job = new_job()
 
-        assert store.end(job, Status.FAILED, LOST, publication=publication)
+        fence = Fence(publication=publication, may_run=True)
+        assert store.end(job.job_id, Status.FAILED, LOST, fence=fence, unknown=lambda: job)
 
         assert row_of(store, job)["publication"] == publication or publication is None
         assert events_of(store, job) == ["created", "failed"]
+
+    def test_a_job_without_a_row_stays_unknown_if_nobody_tells_of_it(self, store):
+        job = new_job()
+
+        assert not store.end(job.job_id, Status.FAILED, LOST)
+
+        assert store.job(job.job_id) is None
+
+    def test_the_row_of_a_job_is_made_only_where_there_is_none(self, store):
+        job = new_job()
+        store.enqueue(job)
+
+        assert store.end(job.job_id, Status.FAILED, LOST, unknown=lambda: pytest.fail("it has a row"))
 
     def test_a_queued_job_can_be_cancelled_and_never_starts(self, store):
         job = new_job()
         store.enqueue(job)
 
-        assert store.end(job, Status.CANCELLED, Failure(error_type="TaskRevokedError", error_message="revoked"))
+        assert store.end(job.job_id, Status.CANCELLED, Failure(error_type="TaskRevokedError", error_message="revoked"))
 
         assert claim(store, job).decision is Decision.CANCELLED
         assert events_of(store, job) == ["created", "cancelled"]
@@ -178,12 +199,12 @@ class TestEnds:
         job, _attempt = running(store)
         lose_commit()
         with unavailable:
-            store.end(job, Status.FAILED, LOST, attempt=attempt)
+            store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=attempt))
 
-        assert store.end(job, Status.FAILED, LOST, attempt=attempt)
+        assert store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=attempt))
 
         assert events_of(store, job).count("failed") == 1
-        assert store.end(job, Status.FAILED, LOST) is False  # somebody else's
+        assert store.end(job.job_id, Status.FAILED, LOST) is False  # somebody else's
 
     def test_after_a_lost_commit_completing_is_true_and_logged_once(self, store, lose_commit, unavailable):
         job, attempt = running(store)
@@ -260,7 +281,7 @@ class TestAgain:
         job, _attempt = running(store)
         taken = claim(store, job, liveness=Liveness.DEAD)
         store.progress(job.job_id, taken.attempt, percent=30.0, stage="encoding")
-        store.end(job, status, LOST, attempt=taken.attempt)
+        store.end(job.job_id, status, LOST, fence=Fence(attempt=taken.attempt))
 
         assert store.replay(job.job_id) == Publication(2, 5)
 
@@ -279,7 +300,7 @@ class TestAgain:
 
     def test_after_a_lost_commit_the_same_replay_gives_its_publication(self, store, lose_commit, unavailable):
         job, attempt = running(store)
-        store.end(job, Status.FAILED, LOST, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=attempt))
         lose_commit()
         with unavailable:
             store.replay(job.job_id)

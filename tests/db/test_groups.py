@@ -2,7 +2,7 @@
 
 import pytest
 
-from db.records import Status
+from db.records import Fence, Status
 from tests.db.conftest import LOST, claim, new_job
 
 
@@ -77,7 +77,7 @@ class TestGroups:
         first, second, third = self.chord(store, 3)
         store.set_chord_size("g", 3)
         self.complete(store, first)
-        store.end(second, status, LOST, attempt=claim(store, second).attempt)
+        store.end(second.job_id, status, LOST, fence=Fence(attempt=claim(store, second).attempt))
 
         parts = [store.chord_parts("g", None), self.complete(store, third)]
 

@@ -110,8 +110,10 @@ class TestLeases:
 
     def test_cancelled_jobs_are_found_among_those_that_run(self, store):
         cancelled, failed, active = new_job(), new_job(), running(store)[0]
-        store.end(cancelled, Status.CANCELLED, LOST)
-        store.end(failed, Status.FAILED, LOST)
+        for job in (cancelled, failed):
+            store.enqueue(job)
+        store.end(cancelled.job_id, Status.CANCELLED, LOST)
+        store.end(failed.job_id, Status.FAILED, LOST)
 
         found = store.cancelled_of([cancelled.job_id, failed.job_id, active.job_id, "unknown"])
 

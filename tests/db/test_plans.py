@@ -9,7 +9,7 @@ from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 
 from db.prepared import DriverStatement
-from db.records import Failure, Liveness, Status, now
+from db.records import Failure, Fence, Liveness, Status, now
 from tests.db.conftest import claim, new_job, running
 
 FAILURE = Failure(error_type="E", error_message="m")
@@ -22,7 +22,7 @@ CALLS = {
     "owns": lambda store, job, attempt: store.owns(job.job_id, attempt),
     "progress": lambda store, job, attempt: store.progress(job.job_id, attempt, percent=1.0),
     "complete": lambda store, job, attempt: store.complete(job.job_id, attempt, {}),
-    "end": lambda store, job, attempt: store.end(job, Status.FAILED, FAILURE, attempt=attempt),
+    "end": lambda store, job, attempt: store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt)),
     "requeue": lambda store, job, attempt: store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1),
     "replay": lambda store, job, attempt: store.replay(job.job_id),
     "close": lambda store, job, attempt: store.close(job.job_id, attempt, reason="dead"),

@@ -220,8 +220,8 @@ class TestProcesses:
         try:
             store.enqueue(job)
             claimed = store.claim(
-                job,
-                job_id=job.job_id,
+                job.job_id,
+                unknown=lambda: job,
                 publication=1,
                 worker_id="worker-1",
                 lease="lease",

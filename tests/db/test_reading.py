@@ -66,7 +66,9 @@ class TestReading:
         running(store, queue="video_probe")
         done, attempt = running(store, queue="image_conversion")
         store.complete(done.job_id, attempt, {})
-        store.end(new_job(), Status.CANCELLED, LOST)
+        cancelled = new_job()
+        store.enqueue(cancelled)
+        store.end(cancelled.job_id, Status.CANCELLED, LOST)
 
         assert store.queue_counts() == {"image_resize": {"queued": 2}, "video_probe": {"queued": 2, "running": 1}}
 
@@ -81,7 +83,7 @@ class TestReading:
 
         assert [ahead(job) for job in jobs] == [1, 0, 2, 4, 3]
         claim(store, jobs[1])
-        store.end(jobs[0], Status.CANCELLED, LOST)
+        store.end(jobs[0].job_id, Status.CANCELLED, LOST)
         assert [ahead(job) for job in jobs[2:]] == [0, 2, 1]
 
     @pytest.mark.parametrize(

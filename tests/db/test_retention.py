@@ -24,7 +24,9 @@ class TestJobs:
     def test_jobs_that_ended_are_removed_with_their_changes(self, store):
         completed(store)
         for status in (Status.FAILED, Status.CANCELLED):
-            store.end(new_job(), status, FAILURE)
+            job = new_job()
+            store.enqueue(job)
+            store.end(job.job_id, status, FAILURE)
 
         assert store.prune(now()) == 3
 
@@ -55,7 +57,8 @@ class TestJobs:
 
     def test_a_replayed_job_stays(self, store):
         job = new_job()
-        store.end(job, Status.FAILED, FAILURE)
+        store.enqueue(job)
+        store.end(job.job_id, Status.FAILED, FAILURE)
         store.replay(job.job_id)
 
         assert store.prune(now()) == 0

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from db.records import DUE, PENDING, TOLD, Failure, Status, now
+from db.records import DUE, PENDING, TOLD, Failure, Fence, Status, now
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 
 FAILURE = Failure(error_type="E", error_message="m")
@@ -42,7 +42,7 @@ class TestDue:
     def test_an_unsuccessful_job_is_due_if_something_follows(self, store, status, make):
         job, attempt = make(store)
 
-        store.end(job, status, FAILURE, attempt=attempt)
+        store.end(job.job_id, status, FAILURE, fence=Fence(attempt=attempt))
 
         assert row_of(store, job)["sequel"] == DUE
         assert untold(store) == [job.job_id]
@@ -51,7 +51,7 @@ class TestDue:
     def test_one_from_which_nothing_follows_is_not(self, store, status):
         job, attempt = running(store)
 
-        store.end(job, status, FAILURE, attempt=attempt)
+        store.end(job.job_id, status, FAILURE, fence=Fence(attempt=attempt))
 
         assert row_of(store, job)["sequel"] is None
         assert untold(store) == []
@@ -60,14 +60,14 @@ class TestDue:
         job = new_job(sequel=PENDING)
         store.enqueue(job)
 
-        store.end(job, Status.CANCELLED, FAILURE)
+        store.end(job.job_id, Status.CANCELLED, FAILURE)
 
         assert untold(store) == [job.job_id]
 
     def test_a_job_without_a_row_that_is_ended_is_due(self, store):
         job = new_job(sequel=PENDING)
 
-        store.end(job, Status.FAILED, FAILURE)
+        store.end(job.job_id, Status.FAILED, FAILURE, unknown=lambda: job)
 
         assert untold(store) == [job.job_id]
 
@@ -90,7 +90,7 @@ class TestDue:
         job, attempt = running(store, sequel=PENDING)
         store.complete(job.job_id, attempt, {})
 
-        store.end(job, Status.FAILED, FAILURE, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
 
         assert untold(store) == []
 
@@ -128,19 +128,20 @@ class TestTold:
 
     def test_a_replay_makes_it_pending_again(self, store):
         job, attempt = member(store)
-        store.end(job, Status.FAILED, FAILURE, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
         store.settle(job.job_id)
 
         store.replay(job.job_id)
 
         assert row_of(store, job)["sequel"] == PENDING
         assert untold(store) == []
-        store.end(job, Status.FAILED, FAILURE, attempt=claim(store, job, publication=2).attempt)
+        again = claim(store, job, publication=2).attempt
+        store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=again))
         assert untold(store) == [job.job_id]
 
     def test_a_replay_before_it_was_told_makes_it_pending_too(self, store):
         job, attempt = member(store)
-        store.end(job, Status.FAILED, FAILURE, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
 
         store.replay(job.job_id)
         store.settle(job.job_id)  # by the one who was about to tell of the first end
@@ -149,7 +150,7 @@ class TestTold:
 
     def test_a_replay_of_a_job_from_which_nothing_follows_changes_nothing(self, store):
         job, attempt = running(store)
-        store.end(job, Status.FAILED, FAILURE, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
 
         store.replay(job.job_id)
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from db.records import Failure, Publication, Status, now
+from db.records import Failure, Fence, Publication, Status, now
 from db.store import submissions
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 from tests.db.processes import in_processes
@@ -65,7 +65,7 @@ class TestEnqueueUnique:
         if status is Status.COMPLETED:
             store.complete(first.job_id, attempt, {})
         else:
-            store.end(first, status, FAILURE, attempt=attempt)
+            store.end(first.job_id, status, FAILURE, fence=Fence(attempt=attempt))
 
         assert store.living("thumbnail of a.jpg") is None
         assert store.enqueue_unique(second) == (second.job_id, Publication(1, 5))
@@ -97,7 +97,7 @@ class TestEnqueueUnique:
     def test_a_known_id_is_left_as_it_is(self, store):
         job = unique()
         store.enqueue_unique(job)
-        store.end(job, Status.FAILED, FAILURE)
+        store.end(job.job_id, Status.FAILED, FAILURE)
 
         assert store.enqueue_unique(job) == (job.job_id, None)
 
@@ -160,7 +160,7 @@ class TestManyAtOnce:
                 job_id, publication = store.enqueue_unique(job)
                 if publication is not None:
                     assert job_id == job.job_id
-                    assert store.end(job, Status.CANCELLED, FAILURE)
+                    assert store.end(job.job_id, Status.CANCELLED, FAILURE)
                     mine += 1
             return mine
 
@@ -180,7 +180,7 @@ class TestManyAtOnce:
                 looks.append(args)
                 if len(looks) == 1:
                     return None
-                store.end(other, Status.CANCELLED, FAILURE)
+                store.end(other.job_id, Status.CANCELLED, FAILURE)
                 return look(*args)
 
             return seen
@@ -195,7 +195,7 @@ class TestReplay:
     def dead(self, store, **values):
         job = new_job(**values)
         store.enqueue(job)
-        store.end(job, Status.FAILED, FAILURE)
+        store.end(job.job_id, Status.FAILED, FAILURE)
         return job
 
     def test_a_replayed_job_may_rest(self, store):
@@ -220,15 +220,15 @@ class TestReplay:
 
     def test_only_a_job_that_was_never_sent_is_replayed_if_so_asked(self, store):
         unsent = new_job()
-        store.end(unsent, Status.FAILED, FAILURE, was_sent=False)
+        store.end(unsent.job_id, Status.FAILED, FAILURE, unknown=lambda: unsent, was_sent=False)
         cancelled_in_time = new_job()
         store.enqueue(cancelled_in_time)
-        store.end(cancelled_in_time, Status.CANCELLED, FAILURE)
+        store.end(cancelled_in_time.job_id, Status.CANCELLED, FAILURE)
         cancelled_at_rest = new_job()
         store.enqueue(cancelled_at_rest, is_resting=True)
-        store.end(cancelled_at_rest, Status.CANCELLED, FAILURE)
+        store.end(cancelled_at_rest.job_id, Status.CANCELLED, FAILURE)
         started, attempt = running(store)
-        store.end(started, Status.FAILED, FAILURE, attempt=attempt)
+        store.end(started.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
 
         assert store.replay(unsent.job_id, only_unsent=True) == Publication(2, 5)
         for sent in (cancelled_in_time, cancelled_at_rest, started):
@@ -237,7 +237,7 @@ class TestReplay:
 
     def test_deliveries_count_from_nothing(self, store):
         job, attempt = running(store)
-        store.end(job, Status.FAILED, FAILURE, attempt=attempt)
+        store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
 
         store.replay(job.job_id)
 
@@ -254,7 +254,7 @@ class TestReplay:
 
         assert row_of(store, dead) == before
         assert events_of(store, dead) == events
-        store.end(living, Status.CANCELLED, FAILURE)
+        store.end(living.job_id, Status.CANCELLED, FAILURE)
         assert store.replay(dead.job_id) == Publication(2, 5)
         assert store.living("k") == dead.job_id
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from db.models import task_logs
-from db.records import Failure, Status
+from db.records import Failure, Fence, Status
 from tests.mqtt.messages import validate
 
 ID = "8af269fb-e3fe-466a-b147-05f91584394b"
@@ -26,7 +26,7 @@ def past(tools):
     _claim_again(tools, job, 2)
     store.close(ID, 2, reason="its worker died")
     tools.claim(other := tools.job(OTHER))
-    store.end(other, Status.FAILED, FAILURE, attempt=1)
+    store.end(other.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=1))
     _claim_again(tools, job, 3)
     store.complete(ID, 4, {"output": "/data/out.webp", "width": 800})
     return tools
@@ -36,8 +36,8 @@ def _claim_again(tools, job, publication):
     from db.records import Decision, Liveness
 
     claim = tools.store.claim(
-        job, job_id=job.job_id, publication=publication, worker_id="edge-1", lease="lease of edge-1", is_loss=False,
-        judge=lambda _holder: Liveness.ALIVE, max_deaths=3,
+        job.job_id, unknown=lambda: job, publication=publication, worker_id="edge-1", lease="lease of edge-1",
+        is_loss=False, judge=lambda _holder: Liveness.ALIVE, max_deaths=3,
     )  # fmt: skip
     assert claim.decision is Decision.RUN
 

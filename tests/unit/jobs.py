@@ -48,7 +48,7 @@ def claim(
     lease = f"lease of {worker_id}"
     store.renew_lease(lease, worker_id, host_id)
     defaults = {"publication": 1, "is_loss": False, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
-    return store.claim(job, job_id=job.job_id, worker_id=worker_id, **{**defaults, **values})
+    return store.claim(job.job_id, unknown=lambda: job, worker_id=worker_id, **{**defaults, **values})
 
 
 def leave_lock(app: Any, lease: str) -> None:

@@ -227,7 +227,7 @@ def test_a_job_that_has_ended_is_not_cancelled(producer, app, add, status):
     if status is Status.COMPLETED:
         app.store.complete(job.id, claim(app.store, new_job(job.id)).attempt, 2)
     else:
-        app.store.end(new_job(job.id), status, describe(ValueError("no")))
+        app.store.end(job.id, status, describe(ValueError("no")))
 
     assert not control.cancel(job.id)
     assert statuses(producer, job) == [status]

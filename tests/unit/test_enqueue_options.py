@@ -168,7 +168,7 @@ def test_arguments_that_are_no_list_are_refused(producer, args):
 
 def test_a_failed_job_that_is_submitted_again_is_what_is_asked_for_now(producer, add):
     add.apply_async((1, 1), task_id="same")
-    producer.app.store.end(new_job("same"), Status.FAILED, describe(ValueError("no")))
+    producer.app.store.end("same", Status.FAILED, describe(ValueError("no")))
 
     add.apply_async((3, 4), task_id="same", countdown=3600, priority=9, expires=7200)
 
@@ -353,7 +353,7 @@ def test_a_key_is_free_again_when_its_job_has_ended(producer, add, status):
         attempt = claim(producer.app.store, new_job(first.id)).attempt
         producer.app.store.complete(first.id, attempt, 2)
     else:
-        producer.app.store.end(new_job(first.id), status, describe(ValueError("no")))
+        producer.app.store.end(first.id, status, describe(ValueError("no")))
 
     assert add.apply_async((1, 1), unique_key="k").id != first.id
 

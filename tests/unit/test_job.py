@@ -159,7 +159,7 @@ def test_a_message_that_has_outlived_its_row_does_not_bring_its_job_back(produce
     job = task.add.delay(40, 2)
     (message,) = messages(producer, "add")
     assert time.time() - message.headers["published_at"] < 60
-    producer.app.store.end(new_job(job.id), Status.CANCELLED, FAILURE)
+    producer.app.store.end(job.id, Status.CANCELLED, FAILURE)
     producer.app.store.prune(now())
 
     published_at = time.time() - age_days * 86400
@@ -251,7 +251,7 @@ def test_progress_that_the_database_can_t_take_is_left_out(producer, add_running
 
 
 def test_an_attempt_that_lost_its_job_stops_where_it_says_how_far_it_is(producer, add_running, say):
-    producer.app.store.end(new_job(add_running.request.id), Status.CANCELLED, FAILURE)
+    producer.app.store.end(add_running.request.id, Status.CANCELLED, FAILURE)
 
     with pytest.raises(AttemptLost):
         say(add_running, 40)

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from celery import chain, chord
 
-from db.records import Status, now
+from db.records import Fence, Status, now
 from tasks import control
 from tasks.errors import CorruptMedia
 from tasks.leftovers import token_of
@@ -130,8 +130,8 @@ def test_the_living_are_left_alone(producer, app, reconciler, add):
     app.leases.take()
     job = add.delay(1, 1)
     app.store.claim(
-        new_job(job.id),
-        job_id=job.id,
+        job.id,
+        unknown=lambda: new_job(job.id),
         publication=1,
         worker_id=app.worker_id,
         lease=app.lease,
@@ -216,7 +216,7 @@ def test_later_steps_of_a_chain_hear_of_a_failure_that_was_not_told(producer, ap
     last = chain(add.s(1, 1), add.s(2), add.s(3))()
     first = last.parent.parent
     row = app.store.job(first.id)
-    app.store.end(new_job(first.id), Status.FAILED, failure(), publication=row["publication"])
+    app.store.end(first.id, Status.FAILED, failure(), fence=Fence(publication=row["publication"], may_run=True))
     change(app, first, completed_at=now() - LONG_AGO)
     assert app.store.job(last.id) is None
 
@@ -231,7 +231,7 @@ def test_later_steps_of_a_chain_hear_of_a_failure_that_was_not_told(producer, ap
 def test_a_chord_hears_of_a_member_that_ended_badly_and_was_not_told(producer, app, reconciler, add, status):
     body = chord([add.s(1, 1), add.s(2, 2)], producer.task.total.s())()
     member = body.parent.results[0]
-    app.store.end(new_job(member.id), status, failure())
+    app.store.end(member.id, status, failure())
     change(app, member, completed_at=now() - LONG_AGO)
 
     assert mend(reconciler.untold_ends()) == [member.id]
@@ -244,7 +244,7 @@ def test_a_chord_hears_of_a_member_that_ended_badly_and_was_not_told(producer, a
 def test_a_chord_fails_though_the_process_that_had_to_fail_it_died(producer, app, reconciler, add):
     body = chord([add.s(1, 1), add.s(2, 2)], producer.task.total.s())()
     member = body.parent.results[0]
-    app.store.end(new_job(member.id), Status.FAILED, failure())
+    app.store.end(member.id, Status.FAILED, failure())
     change(app, member, completed_at=now() - LONG_AGO)
     assert app.store.chord_parts(producer.row(member)["group_id"], None).is_mine  # ... and this process dies
 
@@ -277,7 +277,7 @@ def test_a_chord_fails_when_a_member_kills_its_workers(producer, app, reconciler
 
 def test_an_end_that_may_still_be_told_is_left_alone(app, reconciler, add):
     first = chain(add.s(1, 1), add.s(2))().parent
-    app.store.end(new_job(first.id), Status.FAILED, failure())
+    app.store.end(first.id, Status.FAILED, failure())
 
     assert list(reconciler.untold_ends()) == []
 

@@ -19,7 +19,7 @@ from tasks.cli.reconcile import reconcile
 from tasks.errors import CorruptMedia
 from tasks.rows import describe
 from tests.acceptance.deployment import deployed
-from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, new_job, publications
+from tests.unit.jobs import beat_of, change, claimed_by, mend, messages, publications
 
 
 def settled(app, *jobs):
@@ -172,7 +172,7 @@ def test_a_job_that_could_not_be_mended_hides_no_stray_message_and_one_that_was_
     producer, app, add, between_two_looks, monkeypatch
 ):
     job = chain(add.s(1, 1), add.s(2))().parent
-    app.store.end(new_job(job.id), Status.FAILED, describe(CorruptMedia("the file is broken")))
+    app.store.end(job.id, Status.FAILED, describe(CorruptMedia("the file is broken")))
     change(app, job, completed_at=now() - timedelta(seconds=10))
     stray = f"stray messages: {job.id}: add holds a message of it, and it is failed; "
 

@@ -8,7 +8,7 @@ import pytest
 from celery.worker.components import Consumer
 from sqlalchemy.exc import OperationalError
 
-from db.records import Failure, NewJob, Status
+from db.records import Failure, Fence, NewJob, Status
 from tasks import control
 from tasks.broadcast import Broadcast
 from tasks.duty import Duty
@@ -70,7 +70,14 @@ def enqueue(store, *job_ids):
 def claim(store, job_id, publication=1):
     job = NewJob(job_id=job_id, task_type="add", queue="add", parameters={})
     return store.claim(
-        job, job_id=job_id, publication=publication, worker_id="w", lease=None, is_loss=False, judge=None, max_deaths=3
+        job_id,
+        unknown=lambda: job,
+        publication=publication,
+        worker_id="w",
+        lease=None,
+        is_loss=False,
+        judge=None,
+        max_deaths=3,
     ).attempt
 
 
@@ -217,7 +224,7 @@ def test_what_is_written_for_a_dead_attempt_does_not_hide_what_was_submitted_bef
         store.close("old", attempt, reason="its worker died")
     else:
         job = NewJob(job_id="old", task_type="add", queue="add", parameters={})
-        store.end(job, Status(event), Failure(error_type="E", error_message="e"))
+        store.end(job.job_id, Status(event), Failure(error_type="E", error_message="e"))
 
     assert first_told() == [("new", 1), ("old", 4)]
 
@@ -290,7 +297,7 @@ def test_a_retry_and_a_failure_say_why_even_when_the_row_has_moved_on(relay, sto
     failure = Failure(error_type="TimeoutError", error_message="slow: very")
     store.requeue("a", attempt=claim(store, "a"), event="retry", retry_count=1, failure=failure)
     job = NewJob(job_id="a", task_type="add", queue="add", parameters={})
-    store.end(job, Status.FAILED, failure, attempt=claim(store, "a", 2))
+    store.end(job.job_id, Status.FAILED, failure, fence=Fence(attempt=claim(store, "a", 2)))
     store.replay("a")
 
     go(relay, sink)

@@ -8,7 +8,7 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult, ResultSet
 from kombu.exceptions import EncodeError
 
-from db.records import Failure, NewJob, Status
+from db.records import Failure, Fence, NewJob, Status
 from tasks.errors import LimitExceeded
 from tasks.rows import describe
 from tests.unit.jobs import claim
@@ -32,7 +32,7 @@ def result(producer, job):
 
 
 def end(store, job, status, exc, attempt=None):
-    assert store.end(job, status, describe(exc), attempt=attempt)
+    assert store.end(job.job_id, status, describe(exc), fence=Fence(attempt=attempt))
 
 
 @pytest.mark.parametrize("value", [float("nan"), [float("inf")], {1, 2}], ids=repr)
@@ -105,7 +105,7 @@ def test_get_raises_something_of_the_message_where_the_class_cannot_be_made(stor
 
 
 def test_a_class_in_a_row_is_never_imported_or_called_unless_it_is_an_error(store, job, result):
-    store.end(job, Status.FAILED, Failure(error_type="system", error_message="exit 1", error_module="os"))
+    store.end(job.job_id, Status.FAILED, Failure(error_type="system", error_message="exit 1", error_module="os"))
 
     with pytest.raises(RuntimeError, match="system: exit 1"):
         result.get(timeout=1)

@@ -66,7 +66,7 @@ def test_after_the_machine_slept_or_its_clock_was_set_silence_counts_anew(
 def claimed_here(app, job):
     row = app.store.job(job.id)
     values = {"publication": row["publication"], "worker_id": app.worker_id, "lease": app.lease, "is_loss": False}
-    return app.store.claim(new_job(job.id), job_id=job.id, judge=None, max_deaths=3, **values).attempt
+    return app.store.claim(job.id, unknown=lambda: new_job(job.id), judge=None, max_deaths=3, **values).attempt
 
 
 def half_written(folder, job, attempt):
