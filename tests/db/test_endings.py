@@ -169,7 +169,7 @@ class TestEnds:
         fence = Fence(publication=publication, may_run=True)
         assert store.end(job.job_id, Status.FAILED, LOST, fence=fence, unknown=lambda: job)
 
-        assert row_of(store, job)["publication"] == publication or publication is None
+        assert row_of(store, job)["publication"] == (publication or 1)
         assert events_of(store, job) == ["created", "failed"]
 
     def test_a_job_without_a_row_stays_unknown_if_nobody_tells_of_it(self, store):
@@ -217,9 +217,41 @@ class TestEnds:
         assert events_of(store, job).count("completed") == 1
 
 
+def test_every_change_of_a_job_says_when_its_row_was_written(store):
+    job = new_job()
+
+    def requeue():
+        store.requeue(job.job_id, attempt=row_of(store, job)["attempt"], event="retry", retry_count=1)
+
+    def claim_again():
+        claim(store, job, publication=row_of(store, job)["publication"])
+
+    def close():
+        store.close(job.job_id, row_of(store, job)["attempt"], reason="its worker died")
+
+    steps = {
+        "created": lambda: store.enqueue(job),
+        "republished": lambda: store.republish(job.job_id, 1, "its message was lost"),
+        "started": claim_again,
+        "retry": requeue,
+        "started again": claim_again,
+        "lost": close,
+        "failed": lambda: store.end(job, Status.FAILED, LOST),
+        "replayed": lambda: store.replay(job.job_id),
+        "started once more": claim_again,
+        "completed": lambda: store.complete(job.job_id, row_of(store, job)["attempt"], {}),
+    }
+    for name, step in steps.items():
+        before = now()
+        step()
+        assert before <= row_of(store, job)["updated_at"] <= now(), name
+    assert row_of(store, job)["status"] == "completed"
+
+
 class TestAgain:
     def test_a_retry_is_queued_under_the_next_publication(self, store):
         job, attempt = running(store, priority=9)
+        store.progress(job.job_id, attempt, percent=60.0, stage="encode")
 
         publication = store.requeue(
             job.job_id, attempt=attempt, event="retry", retry_count=1, run_after_utc=WHEN, failure=LOST
@@ -229,6 +261,7 @@ class TestAgain:
         row = row_of(store, job)
         assert (row["status"], row["retry_count"], row["run_after_utc"]) == ("queued", 1, WHEN)
         assert (row["error_type"], row["attempt"], row["published_at"]) == ("WorkerLost", attempt, None)
+        assert (row["progress"], row["stage"]) == (0.0, None)
         assert not store.owns(job.job_id, attempt)
         assert events_of(store, job)[-1] == "retry"
         assert store.logs(job.job_id)[-1]["details"] == {"retry_count": 1, "run_after_utc": WHEN.isoformat()}

@@ -75,7 +75,7 @@ def refused(work: Path) -> Callable[..., None]:
     return run
 
 
-def test_an_input_that_may_not_be_read(refused, work):
+def test_an_input_that_may_not_be_read_is_refused(refused, work):
     (work / "secret.png").write_bytes((work / "good.png").read_bytes())
     (work / "secret.png").chmod(0o000)
 
@@ -84,7 +84,7 @@ def test_an_input_that_may_not_be_read(refused, work):
     )
 
 
-def test_an_input_in_a_directory_that_may_not_be_entered(refused, work):
+def test_an_input_in_a_directory_that_may_not_be_entered_is_refused(refused, work):
     (work / "closed").mkdir()
     (work / "closed" / "in.png").write_bytes((work / "good.png").read_bytes())
     (work / "closed").chmod(0o000)
@@ -99,7 +99,7 @@ def test_an_input_in_a_directory_that_may_not_be_entered(refused, work):
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o444, 0o000])
-def test_an_output_directory_that_may_not_be_written(refused, work, mode):
+def test_an_output_directory_that_may_not_be_written_is_refused(refused, work, mode):
     (work / "locked").mkdir()
     (work / "locked").chmod(mode)
 
@@ -115,7 +115,7 @@ def test_an_output_directory_that_may_not_be_written(refused, work, mode):
     assert files_under(work / "locked") == set()
 
 
-def test_an_output_directory_that_may_not_be_made(refused, work):
+def test_an_output_directory_that_may_not_be_made_is_refused(refused, work):
     (work / "locked").mkdir()
     (work / "locked").chmod(0o555)
 
@@ -123,7 +123,7 @@ def test_an_output_directory_that_may_not_be_made(refused, work):
     refused(work / "good.png", deeper / "out.webp", "OutputNotWritable", deeper, "make its directory writable")
 
 
-def test_an_output_of_somebody_else_in_a_directory_where_each_may_only_replace_his_own(refused, work):
+def test_an_output_of_somebody_else_in_a_directory_where_each_may_only_replace_his_own_is_left_alone(refused, work):
     if os.geteuid() != 0:
         pytest.skip("only root can make files of somebody else")
     (work / "shared").mkdir()
@@ -134,7 +134,9 @@ def test_an_output_of_somebody_else_in_a_directory_where_each_may_only_replace_h
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
 
-    for kind, message in map(json.loads, done.stdout.splitlines()):
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == 3
+    for kind, message in told:
         assert kind == "OutputNotWritable"
         assert f"{work}/shared/" in message
         assert "Operation not permitted" in message

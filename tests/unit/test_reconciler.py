@@ -1,5 +1,6 @@
 """What the reconciler finds of the dead, of the ended and of the old; messages are in test_reconciler_messages.py."""
 
+import os
 from datetime import timedelta
 
 import pytest
@@ -317,10 +318,15 @@ def test_what_ended_longer_ago_than_the_retention_is_removed_and_nothing_else(pr
         change(app, job, created_at=now() - timedelta(days=31))
     change(app, old, completed_at=now() - timedelta(days=30, minutes=1))
     app.store.pause("add", until=now() - LONG_AGO)
+    leave_lock(app, "of a worker long dead")
+    os.utime(producer.server_dir / "leases" / "of a worker long dead", (0, 0))
 
     reconciler.round()
     reconciler.round()
 
+    with app.store.database.reading() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM queue_pauses").scalar_one() == 0
+    assert not (producer.server_dir / "leases" / "of a worker long dead").exists()
     assert app.store.job(old.id) is None
     assert app.store.logs(old.id) == []
     assert [producer.row(job)["status"] for job in (recent, waiting)] == ["completed", "queued"]

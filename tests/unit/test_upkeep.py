@@ -4,6 +4,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from kombu.exceptions import OperationalError
 
 from db.records import now
 from tasks import request
@@ -58,6 +59,33 @@ def test_after_the_machine_slept_or_its_clock_was_set_silence_counts_anew(
     clock.pass_s(5)
     keep_house(upkeep)
     assert producer.row(job)["status"] == "queued"
+
+
+def test_a_worker_that_does_not_reach_the_broker_leaves_what_is_due_and_its_duty_to_others(
+    producer, app, upkeep, add, monkeypatch
+):
+    job = add.apply_async((1, 1), countdown=60)
+    keep_house(upkeep)
+    assert app.store.duty_holder(DUTY) == app.lease
+    change(app, job, run_after_utc=now())
+    monkeypatch.setattr(app, "connection_for_write", Unreachable)
+
+    keep_house(upkeep)
+
+    assert app.store.duty_holder(DUTY) is None
+    assert (producer.row(job)["status"], producer.row(job)["published_at"]) == ("queued", None)
+
+
+class Unreachable:
+    """A connection to a broker that is away."""
+
+    connection_errors = (ConnectionError,)
+
+    def ensure_connection(self, **_):
+        raise OperationalError("refused")
+
+    def release(self):
+        pass
 
 
 # Attempts that nothing runs
