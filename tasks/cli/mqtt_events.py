@@ -1,4 +1,4 @@
-"""An event as people read it. In: the payload of an event. Out: one line."""
+"""An event as people read it. In: a payload, which may be anything. Out: one line, if it is an event."""
 
 import json
 from collections.abc import Mapping
@@ -16,26 +16,40 @@ Event = Mapping[str, Any]
 
 
 def parsed(payload: str | bytes) -> dict[str, Any] | None:
-    """An event, or None if it is something else: whoever may publish can publish anything."""
-    try:
-        event = json.loads(payload)
-        datetime.fromtimestamp(event["timestamp"] / 1000).astimezone()
-    except (ValueError, TypeError, KeyError, OverflowError, OSError):
+    """An event, or None if it is something else. What `event_line` shows of it is of the right type, but for `data`."""
+    from tasks.values import is_number, is_whole
+
+    event = timed(payload)
+    if event is None:
         return None
-    is_event = isinstance(event["event_type"], str) and isinstance(event["job_id"], str) and event["job_id"]
-    return event if is_event and type(event["sequence"]) is int else None
+    is_named = all(isinstance(event.get(name), str) and event[name] for name in ("event_type", "job_id"))
+    is_told = all(isinstance(event.get(name), str | None) for name in ("task_type", "status", "worker_id"))
+    progress = event.get("progress", 0)
+    is_placed = is_whole(event.get("sequence"), least=1) and is_number(progress) and 0 <= progress <= 100
+    return event if is_named and is_told and is_placed else None
+
+
+def timed(payload: str | bytes) -> dict[str, Any] | None:
+    """A JSON object whose `timestamp` can be shown, or None: whoever may publish can publish anything."""
+    from tasks.values import is_number
+
+    try:
+        found = json.loads(payload)
+        datetime.fromtimestamp(found["timestamp"] / 1000).astimezone()
+    except (ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and is_number(found["timestamp"]) else None
 
 
 def event_line(event: Event) -> str:
     """Time, event, job, task, status, progress, worker, and what came of it."""
-    progress = event.get("progress")
     return line(
         _moment(event["timestamp"]),
         f"{event['event_type']:10}",
         f"{event['job_id'][:SHORT_ID]:{SHORT_ID}}",
         f"{event.get('task_type') or '':16}",
         f"{event.get('status') or '':9}",
-        f"{progress:3.0f} %" if isinstance(progress, (int, float)) else f"{'':5}",
+        f"{event['progress']:3.0f} %" if "progress" in event else f"{'':5}",
         f"{event.get('worker_id') or '':12}",
         _note(event),
     )

@@ -103,7 +103,8 @@ class _Watch:
 
     def _tell_gap(self, event: Event) -> None:
         if missing := self._sequences.missing(event):
-            which = f"change {missing[0]}" if len(missing) == 1 else f"changes {missing[0]} to {missing[-1]}"
+            first, last = missing.start, missing.stop - 1
+            which = f"change {first}" if first == last else f"changes {first} to {last}"
             job_id = event["job_id"]
             remark(
                 f"{job_id[:SHORT_ID]}: {which} did not arrive; celery -A tasks mqtt replay --job {shlex.quote(job_id)}"

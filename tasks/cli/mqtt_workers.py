@@ -1,6 +1,5 @@
 """`celery -A tasks mqtt workers`: who is alive and can do what, by the retained topics; who does what, by the table."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ import click
 
 from tasks.cli.app import with_app
 from tasks.cli.mqtt_connection import Connection, Message
-from tasks.cli.mqtt_events import SHORT_ID
+from tasks.cli.mqtt_events import SHORT_ID, timed
 from tasks.cli.text import clock, console_for, cut, echo_json, remark, table_for
 
 if TYPE_CHECKING:
@@ -58,16 +57,16 @@ def show_workers(app: "MediaTasks", ctx: click.Context, is_json: bool) -> None:
 
 
 def _capability(message: Message) -> dict[str, Any] | None:
-    """The payload, or None if it is something else: whoever may publish can publish anything."""
-    try:
-        payload = json.loads(message.payload)
-        datetime.fromtimestamp(payload["timestamp"] / 1000, UTC)
-    except (ValueError, TypeError, KeyError, OverflowError, OSError):
+    """The payload, or None if it is something else."""
+    from tasks.values import is_whole
+
+    payload = timed(message.payload)
+    if payload is None:
         return None
-    is_named = isinstance(payload.get("worker_id"), str) and type(payload.get("idle_count")) is int
+    is_named = isinstance(payload.get("worker_id"), str) and isinstance(payload.get("status"), str | None)
     capabilities = payload.get("capabilities")
     is_able = isinstance(capabilities, list) and all(isinstance(name, str) for name in capabilities)
-    return payload if is_named and is_able else None
+    return payload if is_named and is_able and is_whole(payload.get("idle_count")) else None
 
 
 def _running(app: "MediaTasks") -> dict[str, list[dict[str, Any]]] | None:
@@ -94,7 +93,7 @@ def _alive(capability: Mapping[str, Any], running: Mapping[str, list[dict[str, A
         worker_id=worker_id,
         capabilities=capability["capabilities"],
         idle_count=capability["idle_count"],
-        status=str(capability.get("status") or ("idle" if capability["idle_count"] > 0 else "busy")),
+        status=capability.get("status") or ("idle" if capability["idle_count"] > 0 else "busy"),
         timestamp=capability["timestamp"],
         jobs=None if running is None else running.get(worker_id, []),
     )
