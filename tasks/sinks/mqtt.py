@@ -10,7 +10,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Event
 from typing import Any, Final
 
@@ -106,8 +107,9 @@ class MqttSink:
     def tell(self, events: Sequence[str]) -> None:
         if self._client is None:
             return
-        for event in events:
-            self._publish(self._client, event)
+        with self._told.adding():
+            for event in events:
+                self._publish(self._client, event)
         if not self._told.count():
             self._wake()  # the last one was confirmed before its number was known here
 
@@ -135,7 +137,8 @@ class MqttSink:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.MessageExpiryInterval = math.ceil(CAPABILITY_EXPIRES_AFTER_HEARTBEATS * heartbeat_s)
         payload = topics.capability(self._worker_id, capabilities, idle_count, is_draining=is_draining)
-        self._showing.add(self._client.publish(self._topic, payload, qos=1, retain=True, properties=properties))
+        with self._showing.adding():
+            self._showing.add(self._client.publish(self._topic, payload, qos=1, retain=True, properties=properties))
         self._shown, self._show_again_at = news, time.monotonic() + heartbeat_s
 
     def stop(self) -> None:
@@ -144,7 +147,8 @@ class MqttSink:
             return
         deadline = time.monotonic() + GONE_WITHIN_S
         if self._is_open:
-            self._showing.add(self._client.publish(self._topic, b"", qos=1, retain=True))
+            with self._showing.adding():
+                self._showing.add(self._client.publish(self._topic, b"", qos=1, retain=True))
             while self._showing.count() and self._is_open and time.monotonic() < deadline:
                 time.sleep(0.01)
         self._client.disconnect()
@@ -250,13 +254,25 @@ class Awaited:
     def __init__(self) -> None:
         self._numbers: Final[set[int]] = set()
         self._confirmed: Final[deque[int]] = deque()
+        self._is_adding = False
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """What is published in the block may be confirmed before it is added."""
+        self._is_adding = True
+        try:
+            yield
+        finally:
+            self._is_adding = False
 
     def add(self, message: MQTTMessageInfo) -> int:
         self._numbers.add(message.mid)
         return message.mid
 
     def confirm(self, number: int) -> None:
-        self._confirmed.append(number)
+        """Keep the number if it may be one of these: nobody counts while a worker waits for its broker at start."""
+        if self._is_adding or number in self._numbers:  # in this order: it is added before that ends
+            self._confirmed.append(number)
 
     def count(self) -> int:
         while self._confirmed:

@@ -1,0 +1,72 @@
+"""The sink by itself: what it takes from paho's thread. The broker is in the test's hands."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
+
+from tasks.settings import read_settings
+from tasks.sinks.mqtt import WINDOW, MqttSink
+
+EVENT = '{"number": 1}'
+
+
+class Client:
+    """Numbers what is published, and has the numbers of what the broker has not answered."""
+
+    def __init__(self):
+        self._numbers = itertools.count(1)
+        self.unanswered = []
+        self.on_publish = None
+
+    def publish(self, *_args, **_options):
+        number = next(self._numbers)
+        self.unanswered.append(number)
+        if self.on_publish is not None:
+            self.on_publish(number)
+        return SimpleNamespace(mid=number)
+
+
+@pytest.fixture
+def client():
+    return Client()
+
+
+@pytest.fixture
+def sink(client):
+    sink = MqttSink(read_settings({"HOME": "/home/x"}), "w")
+    sink._client, sink._is_open = client, True
+    return sink
+
+
+@pytest.fixture
+def answer(sink, client):
+    """A function: the broker answers all that is unanswered, or these numbers."""
+
+    def answer(*numbers, code="Success"):
+        for number in numbers or client.unanswered:
+            sink._on_publish(None, None, number, ReasonCode(PacketTypes.PUBACK, code), None)
+        client.unanswered = []
+
+    return answer
+
+
+def test_confirmations_that_nobody_waits_for_are_not_kept(sink, answer):
+    """A relay's worker that waits for its Celery broker at start shows no capability, and counts none."""
+    for _ in range(5):
+        sink.tell([EVENT] * WINDOW)
+        answer()
+        assert sink.unconfirmed == 0
+
+    assert len(sink._showing._confirmed) == 0
+
+
+def test_what_is_confirmed_before_its_number_is_known_counts(sink, client, answer):
+    client.on_publish = answer
+
+    sink.tell([EVENT])
+    sink.show(["add"], 1, is_draining=False)
+
+    assert (sink.unconfirmed, sink._showing.count()) == (0, 0)
