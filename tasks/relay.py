@@ -54,6 +54,12 @@ class Sink(Protocol):
     def tell(self, events: Sequence[str]) -> None:
         """Send events in order, to be confirmed."""
 
+    def take_back(self) -> bool:
+        """Forget what is unconfirmed, if the receiver has refused some of it; False if it has refused nothing.
+
+        Until then, and for a while after it, the sink is not open.
+        """
+
     def mention(self, event: str) -> None:
         """Send an event that nobody waits for."""
 
@@ -104,14 +110,17 @@ class Relay:
         return POLL_S if time.monotonic() < self._idle_at else POLL_S_WHEN_IDLE
 
     def leave(self) -> None:
-        """Let another worker have the duty."""
-        if self._log is None:
-            return
-        if not self._sink.unconfirmed:
-            self._record()
-        self._log = None
-        self._look_at_duty = 0.0
-        self._duty.leave()
+        """Let another worker have the duty. What the sink's receiver has refused is told from the log again, by whoever
+        has it next.
+        """
+        if self._log is not None:
+            if not self._sink.unconfirmed:
+                self._record()
+            self._log = None
+            self._look_at_duty = 0.0
+            self._duty.leave()
+        if self._sink.take_back():
+            self._told = None
 
     def _keeps_duty(self) -> bool:
         if self._log is not None and time.monotonic() < self._look_at_duty:

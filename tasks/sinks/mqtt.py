@@ -32,6 +32,8 @@ WINDOW: Final = 200
 GONE_WITHIN_S: Final = 2.0
 WAIT_FOR_RECONNECT_S: Final = (1, 5)
 CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
+# A broker that refuses an event is tried again after so long: its ACL may be mended by then.
+WAIT_WHEN_REFUSED_S: Final = 60.0
 # Two clients of one name would throw each other off once a second: who was thrown off waits, the second time longer.
 WAIT_WHEN_THROWN_OFF_S: Final = (5, 60)
 
@@ -60,6 +62,7 @@ class MqttSink:
         self._told: Final = Awaited()
         self._showing: Final = Awaited()
         self._last_told = 0
+        self._closed_until = 0.0
         self._shown: tuple[int, Shown] | None = None
         self._show_again_at = 0.0
         self._ended: Final = Event()
@@ -94,7 +97,8 @@ class MqttSink:
 
     @property
     def is_open(self) -> bool:
-        return self._is_open
+        """Whether the broker is there, and has refused no event lately."""
+        return self._is_open and not self._told.is_any_refused() and time.monotonic() >= self._closed_until
 
     @property
     def window(self) -> int:
@@ -112,6 +116,13 @@ class MqttSink:
                 self._publish(self._client, event)
         if not self._told.count():
             self._wake()  # the last one was confirmed before its number was known here
+
+    def take_back(self) -> bool:
+        if not self._told.is_any_refused():
+            return False
+        self._closed_until = time.monotonic() + WAIT_WHEN_REFUSED_S
+        self._told.clear()
+        return True
 
     def mention(self, event: str) -> None:
         if self._client is not None and self._is_open and self._limit.fitting(event) == event:
@@ -174,8 +185,14 @@ class MqttSink:
         self._wake()
 
     def _tell_again(self, client: Client, unconfirmed: Sequence[MQTTMessage]) -> None:
-        """What the last connection left unconfirmed. paho would repeat it as it is, and lose this one over it, too."""
-        events = [message.payload.decode() for message in unconfirmed if message.topic == self._settings.mqtt_topic]
+        """What the last connection left unconfirmed, and was not taken back. paho would repeat it as it is, and lose
+        this one over it, too.
+        """
+        events = [
+            message.payload.decode()
+            for message in unconfirmed
+            if message.topic == self._settings.mqtt_topic and self._told.may_be_one(message.mid)
+        ]
         if self._is_over_limit:
             events = self._limit.guess(events)
         self._is_over_limit = False
@@ -208,20 +225,28 @@ class MqttSink:
             logger.info("%s; it is opened again", trouble.lost(self._settings, code))  # what prevents that is a warning
 
     def _on_publish(self, _client: Client, _data: Any, mid: int, code: Any, _properties: Any) -> None:
-        if code.is_failure and not self._is_refused:
-            self._is_refused = True
-            logger.warning(
-                "the MQTT broker %s refuses messages (%s); let %s write MQTT_TOPIC and below CAPABILITY_TOPIC_PREFIX",
-                trouble.address(self._settings),
-                code,
-                self._settings.mqtt_username or "anyone",
-            )
         if mid in self._told or mid in self._showing:  # what is mentioned counts as published when it is written
             self._closings.confirmed()
-        self._told.confirm(mid)
-        self._showing.confirm(mid)
+        if code.is_failure:
+            self._warn_of_refusal(code)
+            self._told.refuse(mid)
+        else:
+            self._told.confirm(mid)
+        self._showing.confirm(mid)  # nothing is to be made up for: the next one follows
         if mid == self._last_told:
             self._wake()
+
+    def _warn_of_refusal(self, code: Any) -> None:
+        if self._is_refused:
+            return
+        self._is_refused = True
+        logger.warning(
+            "the MQTT broker %s refuses messages (%s); let %s write MQTT_TOPIC and below CAPABILITY_TOPIC_PREFIX. "
+            "Events wait until this worker or another one may tell them",
+            trouble.address(self._settings),
+            code,
+            self._settings.mqtt_username or "anyone",
+        )
 
     def _wake(self) -> None:
         for event in self._wakes:
@@ -254,7 +279,8 @@ class Awaited:
     def __init__(self) -> None:
         self._numbers: Final[set[int]] = set()
         self._confirmed: Final[deque[int]] = deque()
-        self._is_adding = False
+        self._refused: Final[deque[int]] = deque()
+        self._is_adding = self._is_any_refused = False
 
     @contextmanager
     def adding(self) -> Iterator[None]:
@@ -271,13 +297,34 @@ class Awaited:
 
     def confirm(self, number: int) -> None:
         """Keep the number if it may be one of these: nobody counts while a worker waits for its broker at start."""
-        if self._is_adding or number in self._numbers:  # in this order: it is added before that ends
+        if self.may_be_one(number):
             self._confirmed.append(number)
+
+    def refuse(self, number: int) -> None:
+        """The broker has it, and will not have it: it stays unconfirmed."""
+        if self.may_be_one(number):
+            self._refused.append(number)
+
+    def may_be_one(self, number: int) -> bool:
+        """From any thread; True, too, for what is just being added."""
+        return self._is_adding or number in self._numbers  # in this order: it is added before that ends
+
+    def clear(self) -> None:
+        """Await nothing any more."""
+        self._numbers.clear()
+        self._is_any_refused = False
 
     def count(self) -> int:
         while self._confirmed:
             self._numbers.discard(self._confirmed.popleft())
+        while self._refused:
+            self._is_any_refused |= self._refused.popleft() in self._numbers
         return len(self._numbers)
+
+    def is_any_refused(self) -> bool:
+        """Whether one of these was; from the thread that counts."""
+        self.count()
+        return self._is_any_refused
 
     def __contains__(self, number: int) -> bool:
         """From any thread; False, too, for one that is confirmed before it is added."""

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tasks.sinks.mqtt import WAIT_WHEN_REFUSED_S
 from tests.mqtt.jobs import check_none_was_blocked, run_jobs
 from tests.mqtt.said import one_warning, warnings
 from tests.tooling.waiting import eventually
@@ -112,6 +113,66 @@ def test_a_password_that_is_wrong_for_a_while_is_said_and_all_is_told_afterwards
 
     eventually(lambda: len(listener.of_worker(worker_id)) > said, 20)
     check_it_is_back(deployment, worker, listener, worker_id, missed)
+
+
+def acl_broker(private_mosquitto, tmp_path, acl, *users):
+    """A broker with an ACL, where each of these users has the same password; and a function that changes the ACL."""
+    passwords, path = tmp_path / "passwords", tmp_path / "acl"
+    passwords.touch(mode=0o600)
+    path.write_text(acl)
+    for user in users:
+        subprocess.run(["mosquitto_passwd", "-b", str(passwords), user, PASSWORD], check=True, capture_output=True)
+    broker = private_mosquitto(f"password_file {passwords}", f"acl_file {path}", allow_anonymous=False)
+
+    def change(acl):
+        path.write_text(acl)
+        os.kill(broker.pid, signal.SIGHUP)
+
+    return broker, change
+
+
+def test_the_events_that_one_worker_may_not_tell_are_told_by_another_one(
+    deploy, listen, private_mosquitto, tmp_path, prefix, worker_id
+):
+    acl = f"user mute\ntopic write {prefix}/workers/#\nuser worker\ntopic readwrite {prefix}/#\n"
+    broker, _ = acl_broker(private_mosquitto, tmp_path, acl, "mute", "worker")
+    deployment = deploy(broker.port, MQTT_PASSWORD=PASSWORD)
+    mute = deployment.start_worker("-Q", "total", env={"MQTT_USERNAME": "mute"})
+    eventually(lambda: deployment.app.store.duty_holder("relay"), 10)
+    listener = listen(broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
+    listener.wait_for_capability(worker_id)
+    deployment.start_worker("-Q", "add", env={"MQTT_USERNAME": "worker", "WORKER_ID": f"{worker_id}-2"})
+
+    jobs = [deployment.task.add.delay(number, 1) for number in range(10)]
+
+    for job in jobs:
+        listener.wait_for_change(job, "completed")
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+    assert "MQTT_TOPIC" in one_warning(mute, quiet_s=1)
+    assert listener.capability(worker_id)["idle_count"] >= 1
+
+
+def test_the_events_that_nobody_may_tell_are_told_when_the_acl_is_mended(
+    deploy, listen, private_mosquitto, tmp_path, prefix, worker_id
+):
+    acl = f"user worker\ntopic read {prefix}/events\ntopic readwrite {prefix}/workers/#\n"
+    broker, change_acl = acl_broker(private_mosquitto, tmp_path, acl, "worker")
+    deployment = deploy(broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
+    worker = deployment.start_worker("-Q", "add")
+    listener = listen(broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
+    listener.wait_for_capability(worker_id)
+    jobs = [deployment.task.add.delay(number, 1) for number in range(10)]
+    for job in jobs:
+        job.get(timeout=20)
+    eventually(lambda: warnings(worker), 10)
+    assert listener.events() == []
+
+    change_acl(f"user worker\ntopic readwrite {prefix}/#\n")
+
+    for job in jobs:
+        listener.wait_for_change(job, "completed", WAIT_WHEN_REFUSED_S + 10)
+        assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+    assert len(warnings(worker)) == 1
 
 
 def test_name_and_password_are_read_from_files(deploy, listen, password_broker, worker_id, tmp_path):

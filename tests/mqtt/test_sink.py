@@ -9,6 +9,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from tasks.settings import read_settings
 from tasks.sinks.mqtt import WINDOW, MqttSink
+from tests.tooling.waiting import eventually
 
 EVENT = '{"number": 1}'
 
@@ -70,3 +71,42 @@ def test_what_is_confirmed_before_its_number_is_known_counts(sink, client, answe
     sink.show(["add"], 1, is_draining=False)
 
     assert (sink.unconfirmed, sink._showing.count()) == (0, 0)
+
+
+def test_an_event_that_is_refused_closes_the_sink_until_it_is_tried_again(sink, answer, monkeypatch, caplog):
+    monkeypatch.setattr("tasks.sinks.mqtt.WAIT_WHEN_REFUSED_S", 0.3)
+    sink.tell([EVENT] * 3)
+    answer(1)
+    answer(2, code="Not authorized")
+    answer(3)
+
+    assert (sink.is_open, sink.unconfirmed) == (False, 1)
+    assert sink.take_back()
+    assert not sink.take_back()
+    assert (sink.is_open, sink.unconfirmed) == (False, 0)
+    assert len(caplog.records) == 1
+    eventually(lambda: sink.is_open, 5)
+
+
+def test_a_refused_capability_keeps_no_event_back(sink, answer):
+    sink.show(["add"], 1, is_draining=False)
+    answer(1, code="Not authorized")
+
+    assert sink.is_open
+    assert not sink.take_back()
+    assert sink._showing.count() == 0
+
+
+def test_what_was_taken_back_is_not_told_again_when_the_connection_comes_back(sink, client, answer):
+    sink.tell([EVENT] * 2)
+    answer(1, code="Not authorized")
+    sink.take_back()
+    sink.tell([EVENT])
+    topic = sink._settings.mqtt_topic
+    left = [SimpleNamespace(mid=number, topic=topic, payload=EVENT.encode()) for number in (2, 3)]
+
+    sink._tell_again(client, left)
+
+    assert client.unanswered == [3, 4]
+    answer(4)
+    assert sink.unconfirmed == 0

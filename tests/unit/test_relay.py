@@ -22,6 +22,7 @@ class Recorder:
         self.is_open, self.window = True, 10
         self.told, self.mentioned = [], []
         self.unconfirmed = 0
+        self.has_refused = False
 
     def tell(self, events):
         self.told += map(json.loads, events)
@@ -32,6 +33,15 @@ class Recorder:
 
     def confirm(self):
         self.unconfirmed = 0
+
+    def refuse(self):
+        self.has_refused, self.is_open = True, False
+
+    def take_back(self):
+        if not self.has_refused:
+            return False
+        self.has_refused, self.unconfirmed = False, 0
+        return True
 
     def taken(self):
         """What was told since the last call."""
@@ -177,6 +187,26 @@ def test_a_relay_without_its_sink_leaves_the_duty(relay, store, sink):
     relay.round()
 
     assert store.duty_holder("relay") is None
+
+
+def test_what_was_refused_is_told_again_by_whoever_has_the_duty_next(relay, store, sink, producer):
+    enqueue(store, "a")
+    go(relay, sink)
+    enqueue(store, "b", "c")
+    relay.round()
+    sink.refuse()
+
+    relay.round()
+    assert store.duty_holder("relay") is None
+    assert sink.unconfirmed == 0
+    store.take_duty("relay", "other", after=None)
+    assert store.relay_position("relay", "other") == 1
+    store.leave_duty("relay", "other")
+
+    sink.taken()
+    sink.is_open = True
+    go(relay, sink)
+    assert [event["job_id"] for event in sink.told] == ["b", "c"]
 
 
 def test_the_place_in_the_log_never_goes_back(relay, store, producer):
