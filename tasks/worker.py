@@ -10,7 +10,7 @@ from celery.utils.nodenames import default_nodename, gethostname, nodename
 from click.core import ParameterSource
 from sqlalchemy.exc import SQLAlchemyError
 
-from tasks import capabilities
+from tasks import capabilities, engines
 from tasks.errors import MediaTasksError, SettingsError
 from tasks.settings import worker_name
 from tasks.stop import GracefulStop
@@ -90,12 +90,11 @@ class MediaWorker(Worker):
                         f"{source}: no capability is called {name}{hint or '; known: ' + ', '.join(known)}"
                     )
                 logger.warning("-Q %s is no capability's queue; only jobs sent to it by name arrive there", name)
-        self._engines = capabilities.try_engines(self.app.tasks[name] for name in asked if name in known)
+        self._engines = engines.try_engines(self.app.tasks[name] for name in asked if name in known)
         for name in asked:
             if name in known and (lacked := self._engines.lacked_by(self.app.tasks[name])):
                 needs = (
-                    one if what == capabilities.NOT_INSTALLED else f"{one}, which {what}"
-                    for one, what in lacked.items()
+                    one if what == engines.NOT_INSTALLED else f"{one}, which {what}" for one, what in lacked.items()
                 )
                 extra = self.app.tasks[name].extra or "all"
                 raise SettingsError(f"{source}: {name} needs {', '.join(needs)}; pip install '.[{extra}]'")
@@ -104,7 +103,7 @@ class MediaWorker(Worker):
     def _available(self) -> list[str]:
         served = []
         names = capabilities.names(self.app)
-        self._engines = capabilities.try_engines(self.app.tasks[name] for name in names)
+        self._engines = engines.try_engines(self.app.tasks[name] for name in names)
         for name in names:
             if lacked := self._engines.lacked_by(self.app.tasks[name]):
                 reasons = ", ".join(f"{module} {what}" for module, what in lacked.items())
