@@ -52,7 +52,7 @@ class MediaTasks(Celery):
 
     task_cls = "tasks.job:Job"
     loader_cls = OwnLoader
-    control_cls = "tasks.control:RecordedControl"
+    control_cls = "tasks.revokes:RecordedControl"
     backend: "JobBackend"
     """With MIRROR=off Celery's own that keeps nothing; nobody calls it then."""
     lease: str | None = None

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from celery.app.control import Control
-from celery.canvas import maybe_signature
 from sqlalchemy.exc import IntegrityError
 
 from db.records import Row, Status, now
 from tasks import capabilities
 from tasks.errors import InvalidArguments, UnknownJob, UnknownQueue
-from tasks.rows import message_of_row, request_of_row, unsent
+from tasks.revokes import step_of
+from tasks.rows import request_of_row
+from tasks.story import Chapter, story_of
 from tasks.values import is_number
 
 if TYPE_CHECKING:
@@ -44,16 +44,6 @@ class Queue:
     is_paused: bool = False
     reason: str = ""
     paused_until: datetime | None = None
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """One step of a job's story: when, what happened, who did it, and what was said."""
-
-    at: datetime
-    event: str
-    worker: str = ""
-    text: str = ""
 
 
 # Jobs
@@ -106,7 +96,7 @@ def cancel(job_id: str, reason: str = "", *, app: "MediaTasks | None" = None) ->
     row = _find(app, job_id)
     if row is not None and Status(row["status"]).is_terminal:
         return False
-    request = _step(app, job_id) if row is None else request_of_row(row)
+    request = step_of(app, job_id) if row is None else request_of_row(row)
     if request is not None:
         app.backend.mark_as_revoked(job_id, said, request=request)
     return bool(_row(app, job_id)["status"] == Status.CANCELLED)
@@ -149,15 +139,8 @@ def explain(job_id: str, *, app: "MediaTasks | None" = None) -> list[Chapter]:
     """
     app = app or _app()
     row = _row(app, job_id)
-    story = [
-        Chapter(log["created_at"], log["event_type"], log["worker_id"] or "", _said(log))
-        for log in app.store.logs(row["job_id"])
-    ]
-    if row["status"] == Status.QUEUED:
-        story += [Chapter(now(), "waits", "", reason) for reason in _reasons_to_wait(app, row)]
-    elif not Status(row["status"]).is_terminal:
-        story.append(_running(app, row))
-    return story
+    queue = _known_queues(app).get(row["queue"]) if row["status"] == Status.QUEUED else None
+    return story_of(app, row, queue)
 
 
 # Queues
@@ -192,7 +175,7 @@ def queue_named(name: str, *, app: "MediaTasks | None" = None) -> Queue:
     Raises:
         UnknownQueue: Nothing has this name.
     """
-    known = {queue.name: queue for queue in queues(app=app)}
+    known = _known_queues(app)
     if name not in known:
         hint = capabilities.nearest(str(name), known) or f"; known: {', '.join(sorted(known))}"
         raise UnknownQueue(f"no queue is called {name}{hint}")
@@ -247,26 +230,6 @@ def purge(queue: str, *, app: "MediaTasks | None" = None) -> int:
     return cancelled
 
 
-class RecordedControl(Control):  # type: ignore[misc, unused-ignore]
-    """Celery's remote control, whose revokes are written down: a broadcast reaches only workers that run."""
-
-    app: "MediaTasks"
-
-    def revoke(self, task_id: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Celery's; also from Flower and `AsyncResult.revoke()`. A running job goes on unless `terminate`."""
-        ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-        rows = self.app.store.jobs_by_id(ids) if self.app.has_rows else []
-        for job_id in set(ids) - {row["job_id"] for row in rows} if self.app.has_rows else ():
-            if (step := _step(self.app, job_id)) is not None:
-                self.app.backend.mark_as_revoked(job_id, "revoked", request=step)
-        for row in rows:
-            if row["status"] == Status.QUEUED or (kwargs.get("terminate") and not Status(row["status"]).is_terminal):
-                fence = None if kwargs.get("terminate") else row["publication"]
-                request = request_of_row(row, publication=fence)
-                self.app.backend.mark_as_revoked(row["job_id"], "revoked", request=request)
-        return super().revoke(task_id, *args, **kwargs)
-
-
 # How they do it
 
 
@@ -289,24 +252,8 @@ def _row(app: "MediaTasks", job_id: str) -> Row:
     return row
 
 
-def _step(app: "MediaTasks", job_id: str) -> Any:
-    """The request of a job that waits, without a row, in the message of the one before it; None if there is none.
-
-    As one that was sent: its predecessor, which knows nothing of this, sends no job that has ended.
-    """
-    for row in app.store.holding(job_id):
-        options = message_of_row(row)["options"]
-        chain, body = list(options.get("chain") or ()), options.get("chord")
-        steps = [(step, chain[:number]) for number, step in enumerate(chain)] + ([(body, None)] if body else [])
-        for step, followers in steps:
-            signature = maybe_signature(step, app=app)
-            if signature.id == job_id and signature.task in app.tasks:
-                request = unsent(
-                    signature.task, signature.args, signature.kwargs, {**signature.options, "chain": followers}
-                )
-                request.is_unsent = False
-                return request
-    return None
+def _known_queues(app: "MediaTasks | None") -> dict[str, Queue]:
+    return {queue.name: queue for queue in queues(app=app)}
 
 
 def _queue_again(app: "MediaTasks", job_id: str) -> bool:
@@ -322,67 +269,3 @@ def _queue_again(app: "MediaTasks", job_id: str) -> bool:
         raise InvalidArguments(
             f"{job_id}: {living} lives, with the same unique_key; wait for it, or cancel it"
         ) from exc
-
-
-def _said(log: Mapping[str, Any]) -> str:
-    details = log["details"] or {}
-    said = [log["message"] or ""]
-    if "attempt" in details and log["event_type"] in ("claimed", "lost", "released"):
-        said.append(f"attempt {details['attempt']}")
-    if details.get("deaths"):
-        said.append(f"{details['deaths']} of its workers have died")
-    if details.get("run_after_utc"):
-        said.append(f"runs again after {details['run_after_utc'][:19].replace('T', ' ')} UTC")
-    return ", ".join(filter(None, said))
-
-
-def _reasons_to_wait(app: "MediaTasks", row: Mapping[str, Any]) -> list[str]:
-    """Why a queued job does not run: all reasons, the strongest first."""
-    queue, reasons = row["queue"], []
-    state = {queue.name: queue for queue in queues(app=app)}.get(queue)
-    if state is None or not state.workers:
-        known = {served for worker in app.live_workers() for served in worker["capabilities"]}
-        reasons.append(f"no worker serves {queue}{capabilities.nearest(queue, known)}")
-    if state is not None and state.is_paused:
-        until = f" until {state.paused_until:%Y-%m-%d %H:%M:%S} UTC" if state.paused_until else ""
-        reasons.append(f"{queue} is paused{until}{': ' + state.reason if state.reason else ''}")
-    due = row["run_after_utc"]
-    if row["published_at"] is None:
-        why = f"retry {row['retry_count']} " if row["retry_count"] else ""
-        late = due is not None and due <= now()
-        if not late:
-            reasons.append(f"{why}is due at {due:%Y-%m-%d %H:%M:%S} UTC")
-        elif state is None or not state.is_paused:
-            reasons.append("due, and about to be published")
-    elif ahead := _ahead(app, row):
-        reasons.append(ahead)
-    elif not reasons:
-        busy = [worker for worker in app.live_workers() if queue in worker["capabilities"]]
-        has_room = any(len(worker["current_tasks"]) < worker["concurrency"] for worker in busy)
-        reasons.append("it is the next one" + ("" if has_room or not busy else "; all workers of its queue are busy"))
-    return reasons
-
-
-def _ahead(app: "MediaTasks", row: Mapping[str, Any]) -> str:
-    """How many published jobs its worker takes first; empty if there is none."""
-    queue, orders = row["queue"], app.settings.queue_strategy
-    order = orders.get(queue, orders["*"])
-    ahead = app.store.jobs_ahead(queue, row["priority"], row["id"], order)
-    if not ahead:
-        return ""
-    if order == "WEIGHTED_RANDOM":
-        return f"drawn by chance, with {_others(ahead)} of {queue}"
-    return f"behind {_others(ahead)} of {queue}{'' if order == 'PRIORITY' else f', by {order}'}"
-
-
-def _others(number: int) -> str:
-    return "1 other job" if number == 1 else f"{number:,} other jobs"
-
-
-def _running(app: "MediaTasks", row: Mapping[str, Any]) -> Chapter:
-    """Who has it, how far it is, and whether its holder was heard of lately."""
-    worker = {worker["worker_id"]: worker for worker in app.store.workers()}.get(row["claimed_by"])
-    heard = f", heard of {(now() - worker['last_heartbeat']).total_seconds():.0f} s ago" if worker else ""
-    stage = f" ({row['stage']})" if row["stage"] else ""
-    text = f"{row['progress']:.0f} %{stage}, attempt {row['attempt']}{heard}"
-    return Chapter(now(), "runs", row["claimed_by"] or "", text)

@@ -14,7 +14,7 @@ from tasks.cli.text import echo_json, line
 if TYPE_CHECKING:
     from db.records import Row
     from tasks.celery import MediaTasks
-    from tasks.control import Chapter
+    from tasks.story import Chapter
 
 
 @click.command("explain")

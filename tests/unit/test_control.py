@@ -9,14 +9,14 @@ from db.records import Status, now
 from tasks import control
 from tasks.errors import CorruptMedia, InvalidArguments, UnknownJob, UnknownQueue
 from tasks.request import JobRequest
-from tasks.rows import describe
+from tasks.rows import describe, request_of_row
 from tests.unit.jobs import beat_of, change, claim, claimed_by, messages, new_job, publications, run, run_message
 
 
 def failed(producer, job):
     """Fail a job as a worker does, with what waits for it."""
     row = producer.row(job)
-    request = control.request_of_row(row)
+    request = request_of_row(row)
     producer.app.backend.mark_as_failure(job.id, CorruptMedia("the file is broken"), request=request)
 
 
