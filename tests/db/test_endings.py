@@ -236,7 +236,7 @@ def test_every_change_of_a_job_says_when_its_row_was_written(store):
         "retry": requeue,
         "started again": claim_again,
         "lost": close,
-        "failed": lambda: store.end(job, Status.FAILED, LOST),
+        "failed": lambda: store.end(job.job_id, Status.FAILED, LOST),
         "replayed": lambda: store.replay(job.job_id),
         "started once more": claim_again,
         "completed": lambda: store.complete(job.job_id, row_of(store, job)["attempt"], {}),
