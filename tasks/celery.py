@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 CONFIGURATION: Final = "celeryconfig"
 
 
+class _Waits(threading.local):
+    total_s = 0.0
+
+
+_waits: Final = _Waits()
+
+
 class OwnLoader(AppLoader):  # type: ignore[misc, unused-ignore]
     """Reads our own `celeryconfig`, whichever other one a host project has on the path before it."""
 
@@ -57,8 +65,6 @@ class MediaTasks(Celery):
     """With MIRROR=off Celery's own that keeps nothing; nobody calls it then."""
     lease: str | None = None
     """Names this worker's lease, in its main process and in its pool children; see `tasks.leases`."""
-    waited_s = 0.0
-    """For how long this process has waited for the job database."""
     outage_at = -inf
     """When a worker's upkeep last found that it does not answer (`time.monotonic`)."""
     _is_loaded = False
@@ -129,7 +135,12 @@ class MediaTasks(Celery):
         try:
             return patiently(call, on_wait=_warn_of_waiting)
         finally:
-            self.waited_s += time.monotonic() - asked_at
+            _waits.total_s += time.monotonic() - asked_at
+
+    @property
+    def waited_s(self) -> float:
+        """For how long this thread has waited for the job database, in all of its jobs: look at it twice."""
+        return _waits.total_s
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802 (Celery's name)

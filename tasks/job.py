@@ -81,7 +81,7 @@ class Job(Task):
         """Claim the job, run the body, and turn a transient error into a retry."""
         if not self._has_row:
             return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
-        self.app.waited_s = 0.0
+        waited_before_s = self.app.waited_s
         try:
             self._claim(args, kwargs)
         except SoftTimeLimitExceeded as exc:  # while it waited for the database: the job has not begun
@@ -105,7 +105,7 @@ class Job(Task):
                 raise PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)") from exc
             raise
         except SoftTimeLimitExceeded as exc:
-            if self.app.waited_s > OUTAGE_S:
+            if self.app.waited_s - waited_before_s > OUTAGE_S:
                 raise self._rejected(Reject("its time went by in waiting for the job database", requeue=True)) from exc
             error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
             if not self.retry_on_timeout or self.request.is_eager:

@@ -2,9 +2,11 @@
 
 import re
 import time
+from threading import Thread
 
 import pytest
 from celery.app.task import Context
+from celery.exceptions import SoftTimeLimitExceeded
 
 from db.errors import DatabaseUnavailable
 from db.records import Failure, Liveness, Status, now
@@ -191,6 +193,56 @@ def test_confirm_raises_once_the_attempt_has_lost_its_job(producer, task):
             task.add.confirm()
     finally:
         task.add.pop_request()
+
+
+@pytest.fixture
+def wait_for_the_database(app, clock, monkeypatch):
+    monkeypatch.setattr("tasks.celery.time", clock)
+    return lambda: app.patiently(lambda: clock.pass_s(2))
+
+
+@pytest.fixture
+def out_of_time(producer, add, monkeypatch):
+    """`out_of_time(work)`: how `add` ends, if its body does this and is then struck by its soft time limit."""
+
+    def ended(work):
+        def body(x, y):
+            work()
+            raise SoftTimeLimitExceeded(1)
+
+        monkeypatch.setattr(add, "run", body)
+        job = add.delay(1, 1)
+        outcome = run(add, job.id, 1, 1, publication=1)
+        return outcome, producer.row(job)["status"], producer.events(job)[-1]
+
+    return ended
+
+
+def test_a_job_whose_time_went_by_in_waiting_for_the_database_is_given_back(out_of_time, wait_for_the_database):
+    assert out_of_time(wait_for_the_database) == ("IGNORED", "queued", "released")
+
+
+def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
+    assert out_of_time(lambda: None) == ("FAILURE", "failed", "failed")
+
+
+def test_an_outage_excuses_no_job_that_did_not_wait_for_it(out_of_time, wait_for_the_database):
+    def let_another_wait():
+        other = Thread(target=wait_for_the_database)
+        other.start()
+        other.join()
+
+    assert out_of_time(let_another_wait) == ("FAILURE", "failed", "failed")
+
+
+def test_a_job_that_runs_another_in_its_own_process_still_knows_that_it_waited(
+    task, out_of_time, wait_for_the_database
+):
+    def wait_and_run_another():
+        wait_for_the_database()
+        task.total.apply(([1, 2],))
+
+    assert out_of_time(wait_and_run_another) == ("IGNORED", "queued", "released")
 
 
 @pytest.fixture
