@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import LimitExceeded
-from tasks.media.colour import colour_space, is_srgb
 from tasks.media.decode import corrupt, engine, open_image
 from tasks.media.encode import encode
 from tasks.media.formats import FORMATS, Format
+from tasks.media.frames import each_frame, first_frame_unless, frames_in, upright, upright_size
 from tasks.media.geometry import Layout, layout
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions, parse_colour
 from tasks.media.output import Staged, atomic_outputs, raise_for_write_error
+from tasks.media.progress import Progress, telling
 from tasks.media.release import releasing
 from tasks.media.sniff import Input, Limits, check_output, open_input
+from tasks.media.srgb import in_srgb
 
-Progress = Callable[[float], None]
 Confirm = Callable[[], None]
 
 
@@ -55,11 +56,11 @@ def resize(
         check_output(output, source, limits)
         image = _open_for(source, limits, target)
         plan = layout(*upright_size(image), options)
-        _check_target(output, target, plan, _frames(image), limits)
+        _check_target(output, target, plan, frames_in(image), limits)
         image = _shrunk_on_load(source, image, plan, limits)
         with atomic_outputs([output], token=token, confirm=confirm) as (staged,), _decoding(source):
             image = _fitted(image, plan, target, options.background)
-            with _told(image, target, progress):
+            with telling(image, target, progress):
                 result = _write(image, staged, source, target, quality=options.quality)
     return result
 
@@ -84,11 +85,11 @@ def convert(
         check_output(output, source, limits)
         image = _open_for(source, limits, target)
         width, height = upright_size(image)
-        _check_target(output, target, Layout(width, height, width, height), _frames(image), limits)
+        _check_target(output, target, Layout(width, height, width, height), frames_in(image), limits)
         with atomic_outputs([output], token=token, confirm=confirm) as (staged,), _decoding(source):
-            image = _flattened(_in_srgb(_upright(image), target), target, options.background)
+            image = _flattened(in_srgb(upright(image), target), target, options.background)
             keep = "none" if options.strip_metadata else "all"
-            with _told(image, target, progress):
+            with telling(image, target, progress):
                 result = _write(
                     image, staged, source, target, quality=options.quality, lossless=options.lossless, keep=keep
                 )
@@ -120,24 +121,18 @@ def renditions(
         image = _open_for(source, limits, *targets)
         plans = {size: layout(*upright_size(image), options.resize_options(size)) for size in options.sizes}
         for path, (size, target) in zip(paths, wanted, strict=True):
-            _check_target(path, target, plans[size], _frames(image), limits)
+            _check_target(path, target, plans[size], frames_in(image), limits)
         with atomic_outputs(paths, token=token, confirm=confirm) as outputs, _decoding(source):
             largest = max(plans.values(), key=lambda plan: plan.width_px)
             image = _shrunk_on_load(source, image, largest, limits)
-            decoded = _each_frame(image, lambda frame: _scaled(frame, largest)).copy_memory()
+            decoded = each_frame(image, lambda frame: _scaled(frame, largest)).copy_memory()
             results = []
             for staged, (size, target) in zip(outputs, wanted, strict=True):
-                rendition = _fitted(_first_frame_unless(decoded, target), plans[size], target, options.background)
+                rendition = _fitted(first_frame_unless(decoded, target), plans[size], target, options.background)
                 results.append(_write(rendition, staged, source, target, quality=options.quality))
                 if progress is not None:
                     progress(100.0 * len(results) / len(wanted))
     return {"outputs": results}
-
-
-def upright_size(image: Any) -> tuple[int, int]:
-    """Width and height in px of one frame, as it will be seen: EXIF orientations 5 to 8 lie on their side."""
-    width, height = image.width, image.get_page_height()
-    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def _open_for(source: Input, limits: Limits, *targets: Format) -> Any:
@@ -165,7 +160,7 @@ def _shrunk_on_load(source: Input, image: Any, plan: Layout, limits: Limits) -> 
 
     For jpeg that is the rule of vips_thumbnail; a whole webp of 24 Mpx would take 200 MB.
     """
-    if source.format not in ("jpeg", "webp") or _frames(image) > 1:
+    if source.format not in ("jpeg", "webp") or frames_in(image) > 1:
         return image
     width, height = upright_size(image)
     ratio = min(width / plan.scaled_width_px, height / plan.scaled_height_px)
@@ -175,95 +170,14 @@ def _shrunk_on_load(source: Input, image: Any, plan: Layout, limits: Limits) -> 
 
 def _fitted(image: Any, plan: Layout, target: Format, background: str) -> Any:
     def fit(frame: Any) -> Any:
-        scaled = _flattened(_in_srgb(_scaled(frame, plan), target), target, background)
+        scaled = _flattened(in_srgb(_scaled(frame, plan), target), target, background)
         return _cropped_or_padded(scaled, plan, background)
 
-    return _each_frame(image, fit)
-
-
-def _each_frame(image: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` to each frame of a roll by itself, so that none bleeds into its neighbours."""
-    count = _frames(image)
-    if count == 1:
-        return change(image)
-    vips = engine()
-    height = image.get_page_height()
-    frames = []
-    for top in range(0, image.height, height):
-        frame = image.crop(0, top, image.width, height).copy()
-        frame.remove("n-pages")
-        frame.remove("page-height")
-        frames.append(change(frame))
-    roll = vips.Image.arrayjoin(frames, across=1).copy()
-    roll.set_type(vips.GValue.gint_type, "page-height", frames[0].height)
-    roll.set_type(vips.GValue.gint_type, "n-pages", count)
-    return roll
-
-
-def _first_frame_unless(roll: Any, target: Format) -> Any:
-    if target.has_frames or _frames(roll) == 1:
-        return roll
-    frame = roll.crop(0, 0, roll.width, roll.get_page_height()).copy()
-    frame.remove("n-pages")
-    frame.remove("page-height")
-    return frame
+    return each_frame(image, fit)
 
 
 def _scaled(frame: Any, plan: Layout) -> Any:
     return frame.thumbnail_image(plan.scaled_width_px, height=plan.scaled_height_px, size="force")
-
-
-def _upright(image: Any) -> Any:
-    if _orientation(image) == 1:
-        return image
-    image = _each_frame(image.copy_memory(), lambda frame: frame.autorot())  # a rotation reads out of sequence
-    if image.get_typeof("jpeg-thumbnail-data"):  # it still lies on its side
-        image = image.copy()
-        image.remove("jpeg-thumbnail-data")
-    return image
-
-
-def _in_srgb(image: Any, target: Format) -> Any:
-    """Pixels in sRGB or gray: 16 bits a sample where they have them and the target can hold them, else 8."""
-    is_16_bit = image.format == "ushort" and target.has_16_bit
-    if image.interpretation == "cmyk":
-        return image.icc_transform("srgb", embedded=True, input_profile="cmyk", depth=16 if is_16_bit else 8)
-    image = _without_profile(image, is_16_bit)
-    if image.interpretation in ("srgb", "b-w") and image.format == "uchar":
-        return image
-    if image.interpretation in ("rgb16", "grey16") and is_16_bit:
-        return image
-    return image.colourspace("b-w" if image.bands < 3 else "srgb").cast("uchar")
-
-
-def _without_profile(image: Any, is_16_bit: bool) -> Any:
-    """Convert through the embedded profile, unless it is sRGB; one that is broken or of another space is ignored."""
-    if not image.get_typeof("icc-profile-data"):
-        return image
-    profile = image.get("icc-profile-data")
-    if is_srgb(profile):
-        return image
-    is_gray = image.interpretation in ("b-w", "grey16")
-    if colour_space(profile) == ("GRAY" if is_gray else "RGB"):
-        try:
-            converted = image.icc_transform("srgb", embedded=True, depth=16 if is_16_bit else 8)
-        except engine().Error:
-            pass
-        else:
-            return _gray(converted) if is_gray else converted
-    image = image.copy()
-    image.remove("icc-profile-data")
-    return image
-
-
-def _gray(image: Any) -> Any:
-    """One band of a neutral RGB image, and its alpha."""
-    gray = image.extract_band(0)
-    if image.hasalpha():
-        gray = gray.bandjoin(image.extract_band(image.bands - 1))
-    gray = gray.copy(interpretation="grey16" if image.format == "ushort" else "b-w")
-    gray.remove("icc-profile-data")
-    return gray
 
 
 def _flattened(image: Any, target: Format, background: str) -> Any:
@@ -308,7 +222,7 @@ def _write(
 ) -> dict[str, Any]:
     with _decoding(source, staged):
         encode(image, staged.fd, target, quality=quality, lossless=lossless, keep=keep)
-    frames = _frames(image)
+    frames = frames_in(image)
     return {
         "output": str(staged.path),
         "format": target.name,
@@ -333,52 +247,3 @@ def _decoding(source: Input, staged: Staged | None = None) -> Iterator[None]:
             if staged is not None and os.strerror(code) in str(exc):
                 raise_for_write_error(OSError(code, os.strerror(code)), staged.path)
         raise corrupt(source, exc) from exc
-
-
-_TOLD_FROM_PIXELS = 24_000_000
-_TOLD_STEP_PERCENT = 5
-# These are encoded after their last pixel was read, by libraries that tell nothing meanwhile; reading is less than a
-# twentieth of the whole.
-_READ_BEFORE_ENCODED = ("webp", "avif", "gif", "heic", "jxl")
-_SHARE_OF_READING = 0.05
-
-
-@contextmanager
-def _told(image: Any, target: Format, progress: Progress | None) -> Iterator[None]:
-    """Tell the percent done of a large image in steps; a small one is done before anybody looks."""
-    if progress is None:
-        yield
-        return
-    last = 0
-    share = _SHARE_OF_READING if target.name in _READ_BEFORE_ENCODED else 1.0
-    failure: BaseException | None = None
-
-    def on_eval(watched: Any, state: Any) -> None:
-        nonlocal last, failure
-        if failure is None and last + _TOLD_STEP_PERCENT <= state.percent < 100:
-            last = state.percent
-            try:
-                progress(last * share)
-            except BaseException as exc:  # it would be lost in C; raised below
-                failure = exc
-                watched.set_kill(True)
-
-    if image.width * image.height >= _TOLD_FROM_PIXELS:
-        image.set_progress(True)
-        image.signal_connect("eval", on_eval)
-    try:
-        yield
-    except Exception:
-        if failure is None:
-            raise
-    if failure is not None:
-        raise failure
-    progress(100.0)
-
-
-def _frames(image: Any) -> int:
-    return int(image.height // image.get_page_height())
-
-
-def _orientation(image: Any) -> int:
-    return int(image.get("orientation")) if image.get_typeof("orientation") else 1

@@ -2,13 +2,12 @@
 
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from tasks.errors import AttemptLost
 from tasks.media.formats import FORMATS, PILLOW_NAMES
-from tasks.media.image import _told, convert, renditions, resize
+from tasks.media.image import convert, renditions, resize
 from tasks.media.options import ConversionOptions, RenditionsOptions, ResizeOptions
 from tests.media.conftest import files_under, near, pixel
 
@@ -441,18 +440,6 @@ class TestEveryFunction:
         assert 2 < len(told) <= 21
         assert told == sorted(told)
         assert told[-1] == 100
-
-    @pytest.mark.parametrize(
-        ("target", "told_at_99"),
-        [("jpeg", 99), ("png", 99), ("webp", 4.95), ("avif", 4.95), ("gif", 4.95), ("heic", 4.95), ("jxl", 4.95)],
-    )
-    def test_what_is_encoded_after_it_was_read_is_not_told_to_be_nearly_done(self, target, told_at_99):
-        watched = SimpleNamespace(width=6000, height=4000, set_progress=lambda is_on: None)
-        watched.signal_connect = lambda signal, on_eval: setattr(watched, "on_eval", on_eval)
-        told: list[float] = []
-        with _told(watched, FORMATS[target], told.append):
-            watched.on_eval(watched, SimpleNamespace(percent=99))
-        assert told == [pytest.approx(told_at_99), 100]
 
     def test_what_progress_raises_stops_the_work(self, tmp_path, limits, plain):
         plain([1, 2, 3], 6000, 4100).pngsave(str(tmp_path / "in.png"), compression=0)

@@ -60,7 +60,7 @@ def test_a_corrupt_input_and_its_temp_file_are_closed(tmp_path, vips, limits, de
 
 
 def test_an_attempt_that_lost_its_job_has_nothing_open(tmp_path, noise, limits, descriptors, monkeypatch):
-    monkeypatch.setattr("tasks.media.image._TOLD_FROM_PIXELS", 1)
+    monkeypatch.setattr("tasks.media.progress._TOLD_FROM_PIXELS", 1)
 
     def lost(_percent: float = 0) -> None:
         raise AttemptLost("another worker has it")
