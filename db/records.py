@@ -28,9 +28,49 @@ class Status(StrEnum):
 TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
-PENDING = "pending"
-DUE = "due"
-TOLD = "told"
+class Event(StrEnum):
+    """What happened, as the `event_type` of a task_logs row says it. A worker's own rows have no job: it started, it
+    stopped, it rejected a message that names no job.
+    """
+
+    CREATED = "created"
+    CLAIMED = "claimed"
+    STARTED = "started"
+    RETRY = "retry"
+    REPLACED = "replaced"
+    RELEASED = "released"
+    REPUBLISHED = "republished"
+    REPLAYED = "replayed"
+    LOST = "lost"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+    REJECTED = "rejected"
+
+
+class Sequel(StrEnum):
+    """What follows from the end of a job, such as a chord or the next step of a chain: it waits for the end; it is due;
+    all have been told.
+    """
+
+    PENDING = "pending"
+    DUE = "due"
+    TOLD = "told"
+
+
+class WorkerStatus(StrEnum):
+    """What a worker's heartbeat row says of it. LOST is written by others."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    LOST = "lost"
+
+
+GONE = (WorkerStatus.STOPPED, WorkerStatus.LOST)
+"""Of workers that are no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +93,7 @@ class NewJob:
     group_id: str | None = None
     group_index: int | None = None
     in_chord: bool = False
-    sequel: str | None = None
+    sequel: Sequel | None = None
     unique_key: str | None = None
     unique_until: datetime | None = None
     message: Mapping[str, Any] | None = None
@@ -164,7 +204,7 @@ class Heartbeat:
     pid: int
     capabilities: Sequence[str]
     concurrency: int
-    status: str
+    status: WorkerStatus
     started_at: datetime
     strategy: str | None = None
     lease: str | None = None

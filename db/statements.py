@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from db.models import Document, UTCDateTime, queue_pauses, task_groups, task_logs, task_queue
 from db.prepared import Prepared
-from db.records import DUE, PENDING, NewJob, Status
+from db.records import Event, NewJob, Sequel, Status
 
 ACTIVE: Final = (Status.CLAIMED, Status.RUNNING)
 UNFINISHED: Final = (Status.QUEUED, Status.CLAIMED, Status.RUNNING)
@@ -85,7 +85,7 @@ class Change:
     """A statement that returns RETURNED, and its events; the row's sequence number is that of the last one."""
 
     statement: Any
-    events: tuple[str, ...]
+    events: tuple[Event, ...]
     tells_attempt: bool = True
 
     def execute(self, connection: Connection, bound: Mapping[str, Any]) -> Changed | None:
@@ -112,7 +112,7 @@ class Change:
         return changed
 
     @property
-    def _numbered(self) -> list[tuple[int, str]]:
+    def _numbered(self) -> list[tuple[int, Event]]:
         """Each event with its distance from the row's sequence number."""
         return [(len(self.events) - number, event) for number, event in enumerate(self.events, 1)]
 
@@ -141,7 +141,7 @@ class Change:
                 changed.c.job_id,
                 changed.c.sequence - back,
                 func.coalesce(changed.c.claimed_by, bindparam("b_worker", type_=String)),
-                literal(event),
+                literal(event, String),
                 attempt if self.tells_attempt else null(),
                 bindparam("b_now", type_=UTCDateTime),
             )
@@ -155,7 +155,7 @@ class Change:
 def log_row(
     job_id: str | None,
     sequence: int,
-    event: str,
+    event: Event,
     worker_id: str | None,
     at: datetime,
     message: str | None,
@@ -226,7 +226,7 @@ def enqueue(backend: str) -> Change:
     dialect = import_module(f"sqlalchemy.dialects.{backend}")
     statement = dialect.insert(task_queue).values(**values, **times, status=Status.QUEUED)
     statement = statement.on_conflict_do_nothing(index_elements=["job_id"]).returning(*RETURNED)
-    return Change(statement, ("created",), tells_attempt=False)
+    return Change(statement, (Event.CREATED,), tells_attempt=False)
 
 
 def is_paused(queue: Any) -> ColumnElement[bool]:
@@ -258,7 +258,7 @@ CLAIM: Final = Change(
         sequence=_job.sequence + 2,
     )
     .returning(*RETURNED),
-    ("claimed", "started"),
+    (Event.CLAIMED, Event.STARTED),
 )
 # Queued again, as it was before this attempt; a resting one is published anew, under the next number, when it is due.
 CLOSE: Final = (
@@ -281,6 +281,7 @@ REST: Final = (
     .where(of_job, _job.publication == bindparam("b_publication"), _job.status == Status.QUEUED)
     .values(RESTING)
 )
+_due: Final = literal(Sequel.DUE, String)
 COMPLETE: Final = Change(
     update(task_queue)
     .where(of_attempt)
@@ -293,14 +294,14 @@ COMPLETE: Final = Change(
         error_message=None,
         completed_at=bindparam("b_now"),
         updated_at=bindparam("b_now"),
-        sequel=case((_job.in_chord, DUE), else_=null()),
+        sequel=case((_job.in_chord, _due), else_=null()),
         sequence=_job.sequence + 1,
     )
     .returning(*RETURNED),
-    ("completed",),
+    (Event.COMPLETED,),
 )
 # What follows from an unsuccessful end is due, if anything does.
-SEQUEL_DUE: Final = case((_job.sequel == PENDING, DUE), else_=_job.sequel)
+SEQUEL_DUE: Final = case((_job.sequel == Sequel.PENDING, _due), else_=_job.sequel)
 PROGRESS: Final = (
     update(task_queue)
     .where(of_attempt)

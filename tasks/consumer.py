@@ -16,7 +16,7 @@ from celery.platforms import EX_FAILURE
 from celery.worker.consumer import Consumer
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Status, now
+from db.records import Event, Status, now
 from tasks import capabilities
 from tasks.broker.errors import BrokerUnusable
 from tasks.errors import PermanentError, UnknownTask
@@ -128,7 +128,7 @@ class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
         try:
             if request.id is None:
                 if self.app.settings.mirror:
-                    self.app.store.log_worker(self.app.worker_id, "rejected", str(error))
+                    self.app.store.log_worker(self.app.worker_id, Event.REJECTED, str(error))
             elif self.app.is_recorded(request.task):
                 row = self.app.store.job(request.id)
                 if row is None or row["status"] == Status.QUEUED:

@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 from kombu.utils.url import maybe_sanitize_url
 
-from db.records import PENDING, Fence, NewJob, Publication, Status, now
+from db.records import Event, Fence, NewJob, Publication, Sequel, Status, now
 from tasks import capabilities
 from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
@@ -166,7 +166,7 @@ def new_job(
         group_id=options.get("group_id"),
         group_index=options.get("group_index"),
         in_chord=options.get("chord") is not None,
-        sequel=PENDING if has_sequel else None,
+        sequel=Sequel.PENDING if has_sequel else None,
         unique_key=unique_key,
         unique_until=unique_until,
         message={"args": args, "kwargs": kwargs, "options": _kept(options)},
@@ -235,7 +235,7 @@ def _requeue(
         lambda: app.store.requeue(
             request.id,
             attempt=request.attempt,
-            event="retry" if name == request.task else "replaced",
+            event=Event.RETRY if name == request.task else Event.REPLACED,
             retry_count=options.get("retries") or 0,
             run_after_utc=due(name, options),
             failure=describe(error) if error is not None else None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import records
+from db.records import Event, Status, WorkerStatus, now
 from tasks import request
 
 if TYPE_CHECKING:
@@ -25,18 +26,18 @@ class Heartbeat:
     def __init__(self, app: "MediaTasks", worker: Any) -> None:
         self._app = app
         self._worker = worker
-        self._started_at = records.now()
+        self._started_at = now()
         self.paused: set[str] = set()
         """Queues that it would serve, were they not paused."""
-        self.status: str | None = None
-        """draining or stopped; otherwise it follows from the jobs that run."""
+        self.status: WorkerStatus | None = None
+        """Draining or stopped; otherwise it follows from the jobs that run."""
 
     def beat(self) -> None:
         """Renew the lease, and show the worker. Raises what the store raises."""
         self._app.leases.renew()
         self._app.store.heartbeat(self._record())
 
-    def say(self, event: str) -> None:
+    def say(self, event: Event) -> None:
         """Record a change of the worker, if the database takes it."""
         try:
             self._app.store.heartbeat(self._record())
@@ -52,13 +53,13 @@ class Heartbeat:
             pid=os.getpid(),
             capabilities=sorted({*self._app.amqp.queues.consume_from, *self.paused}),
             concurrency=slots(self._worker),
-            status=self.status or ("busy" if running else "idle"),
+            status=self.status or (WorkerStatus.BUSY if running else WorkerStatus.IDLE),
             strategy=",".join(f"{queue}={way}" for queue, way in self._app.settings.queue_strategy.items()),
             lease=self._app.lease,
             current_tasks=running,
             reserved_tasks=request.reserved(),
-            tasks_processed=request.processed["completed"],
-            tasks_failed=request.processed["failed"],
+            tasks_processed=request.processed[Status.COMPLETED],
+            tasks_failed=request.processed[Status.FAILED],
             started_at=self._started_at,
         )
 

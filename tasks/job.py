@@ -18,7 +18,7 @@ from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 
-from db.records import Closed, Decision, Holder, Liveness, NewJob, Row, Status
+from db.records import Closed, Decision, Event, Holder, Liveness, NewJob, Row, Status
 from tasks import remedy
 from tasks.arguments import Arguments, named
 from tasks.errors import (
@@ -183,7 +183,9 @@ class Job(Task):
         if not exc.requeue or request.is_eager:
             return PermanentError(reason)
         close = self.app.store.close
-        self.app.patiently(lambda: close(request.id, request.attempt, event="released", reason=reason, is_death=False))
+        self.app.patiently(
+            lambda: close(request.id, request.attempt, event=Event.RELEASED, reason=reason, is_death=False)
+        )
         given_back: Exception = Ignore("it was given back")
         return given_back
 
@@ -281,7 +283,7 @@ class Job(Task):
             return 1
         is_own = (row["status"], row["lease"], row["claimed_by"]) == (Status.RUNNING, None, self.app.worker_id)
         if is_own and request.retries:
-            store.requeue(request.id, attempt=row["attempt"], event="retry", retry_count=request.retries)
+            store.requeue(request.id, attempt=row["attempt"], event=Event.RETRY, retry_count=request.retries)
         return int(row["publication"]) + (is_own and bool(request.retries))
 
     def _unknown_job(self, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
@@ -348,7 +350,7 @@ def close_attempt(app: "MediaTasks", row: Row, reason: str, *, is_death: bool = 
     None, and nothing of the row is changed, if that attempt runs no more: so a second call does no harm. A process that
     dies in between leaves a job that rests, and that the next claim fails.
     """
-    event = "lost" if is_death else "released"
+    event = Event.LOST if is_death else Event.RELEASED
     closed = app.store.close(row["job_id"], row["attempt"], event=event, reason=reason, is_death=is_death)
     remove_temp_files_of_row(app, row)
     max_deaths = app.settings.max_deaths

@@ -23,7 +23,7 @@ from sqlalchemy.dialects.postgresql import psycopg, psycopg2
 
 from db import statements
 from db.prepared import DriverStatement
-from db.records import NewJob, now
+from db.records import Event, NewJob, now
 from db.statements import LOG, log_row, new_row
 from tasks.enqueue import new_job
 from tasks.errors import InvalidArguments
@@ -132,7 +132,7 @@ class _Cursor(ABC):
         insert = statements.enqueue("sqlite" if self.is_sqlite else "postgresql").statement
         with self._transaction():
             if self.execute(insert, row):  # else its id is there already: the row stays as it is
-                self.execute(LOG.statement, log_row(job.job_id, 1, "created", None, at, None, None))
+                self.execute(LOG.statement, log_row(job.job_id, 1, Event.CREATED, None, at, None, None))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from celery.worker import state
 from celery.worker.request import Request
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Closed, Row, Status, now
+from db.records import Closed, Event, Row, Status, now
 from tasks import remedy
 from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
@@ -39,7 +39,7 @@ _GONE: Final = (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)
 spared: Final[set[str]] = set()
 """Jobs whose processes were ended by no fault of theirs, and whose attempts could not be closed at once."""
 
-processed: Final = {"completed": 0, "failed": 0}
+processed: Final = {Status.COMPLETED: 0, Status.FAILED: 0}
 """How many jobs of this process have ended, for its heartbeat."""
 
 stopping: Final = threading.Event()
@@ -57,7 +57,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     time_limits: tuple[float | None, float | None]
     is_given_back = False
     _already_revoked: bool
-    _outcome: str | None = "completed"
+    _outcome: Status | None = Status.COMPLETED
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -88,7 +88,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """A lost child is closed first: queued again, or failed when it was one too many."""
         exc = getattr(exc_info.exception, "exc", exc_info.exception)
-        self._outcome = None if isinstance(exc, (Retry, Ignore, Reject)) else "failed"
+        self._outcome = None if isinstance(exc, (Retry, Ignore, Reject)) else Status.FAILED
         if self.is_job and isinstance(exc, TimeLimitExceeded):
             self._end_at_hard_limit(exc.args[0])
             return None
@@ -142,7 +142,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
         logger.error("%s[%s]: %s", self.name, self.id, error)
         if not (self.task.retry_on_timeout and self._retry(error)):
-            self._outcome = "failed"
+            self._outcome = Status.FAILED
             self._fail(error)
         self.acknowledge()
 
@@ -248,7 +248,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         requeued = self.app.store.requeue(
             self.id,
             attempt=row["attempt"],
-            event="retry",
+            event=Event.RETRY,
             retry_count=retries + 1,
             run_after_utc=now() + timedelta(seconds=remedy.delay_s(error, retries)),
             failure=describe(error),

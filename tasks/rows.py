@@ -12,7 +12,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.functional import maybe_list
 from kombu.utils.json import dumps
 
-from db.records import PENDING, Failure, NewJob, Status
+from db.records import Failure, NewJob, Sequel, Status
 from tasks.arguments import named
 from tasks.errors import InvalidArguments, PermanentError
 from tasks.values import moment_of
@@ -68,7 +68,7 @@ def job_of_request(task: Any, request: Any, args: Any, kwargs: Mapping[str, Any]
         group_id=request.group,
         group_index=request.group_index,
         in_chord=bool(request.chord),
-        sequel=PENDING if request.chord or request.chain or request.errbacks else None,
+        sequel=Sequel.PENDING if request.chord or request.chain or request.errbacks else None,
         message={
             "args": list(args),
             "kwargs": dict(kwargs),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from db.records import Row, Status, now
+from db.records import Event, Row, Status, now
 from tasks import capabilities
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def story_of(app: "MediaTasks", row: Row, queue: "Queue | None") -> list[Chapter
 def _said(log: Mapping[str, Any]) -> str:
     details = log["details"] or {}
     said = [log["message"] or ""]
-    if "attempt" in details and log["event_type"] in ("claimed", "lost", "released"):
+    if "attempt" in details and log["event_type"] in (Event.CLAIMED, Event.LOST, Event.RELEASED):
         said.append(f"attempt {details['attempt']}")
     if details.get("deaths"):
         said.append(f"{details['deaths']} of its workers have died")

@@ -15,7 +15,7 @@ from celery import bootsteps
 from kombu.exceptions import OperationalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Holder, now
+from db.records import Event, Holder, WorkerStatus, now
 from tasks import request
 from tasks.duty import Duty
 from tasks.heartbeat import Heartbeat
@@ -60,7 +60,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         worker.upkeep = self
 
     def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
-        self._heartbeat.say("started")
+        self._heartbeat.say(Event.STARTED)
         for thread in self._threads:
             thread.start()
 
@@ -72,8 +72,8 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             job.give_back("its worker was stopped")
         for thread in self._threads:
             thread.join(timeout=STOP_WITHIN_S)
-        self._heartbeat.status = "stopped"
-        self._heartbeat.say("stopped")
+        self._heartbeat.status = WorkerStatus.STOPPED
+        self._heartbeat.say(Event.STOPPED)
         for leave in (self._duty.leave, self._app.leases.release):
             try:
                 leave()
@@ -93,7 +93,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def drain(self) -> None:
         """The worker takes no more jobs; it is shown at the next round."""
-        self._heartbeat.status = "draining"
+        self._heartbeat.status = WorkerStatus.DRAINING
         self._beat_due = 0.0
 
     @property

@@ -13,6 +13,7 @@ from db.records import (
     Claim,
     Closed,
     Decision,
+    Event,
     Failure,
     Fence,
     Holder,
@@ -100,7 +101,7 @@ class Attempts(Part):
             return Claim(Decision.HELD, holder=holder)
         reason = "its worker died" if liveness is Liveness.DEAD else "the broker lost its worker"
         with self.database.transaction():
-            closed = _close(connection, bound, standing["attempt"], "lost", reason, is_death=is_death)
+            closed = _close(connection, bound, standing["attempt"], Event.LOST, reason, is_death=is_death)
             if closed is None:
                 return Claim(Decision.HELD, holder=holder)
             row = statements.CLAIM.execute(connection, bound)
@@ -121,7 +122,7 @@ class Attempts(Part):
         job_id: str,
         attempt: int,
         *,
-        event: str = "lost",
+        event: Event = Event.LOST,
         reason: str,
         is_death: bool = True,
     ) -> Closed | None:
@@ -144,7 +145,7 @@ class Attempts(Part):
         job_id: str,
         *,
         attempt: int,
-        event: str,
+        event: Event,
         retry_count: int,
         run_after_utc: datetime | None = None,
         failure: Failure | None = None,
@@ -249,7 +250,7 @@ class Attempts(Part):
                 row = connection.execute(ending, {"b_job_id": job_id}).one_or_none()
             if row is None:
                 return _has_ended(connection, job_id, status, fence.attempt, earlier)
-            log_failure(connection, job_id, row.sequence, status.value, row.claimed_by, at, failure, {})
+            log_failure(connection, job_id, row.sequence, Event(status), row.claimed_by, at, failure, {})
             return True
 
 
@@ -292,7 +293,7 @@ def _close(
     connection: Connection,
     bound: dict[str, Any],
     attempt: int,
-    event: str,
+    event: Event,
     reason: str,
     *,
     is_death: bool,

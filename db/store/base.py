@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import schema, statements
 from db.engine import Database
 from db.models import UTCDateTime, worker_leases
-from db.records import Failure, Holder, NewJob, Publication, Row, now
+from db.records import Event, Failure, Holder, NewJob, Publication, Row, now
 
 UNCONFIRMED_KEPT: Final = 1000
 
@@ -111,7 +111,7 @@ def log(
     connection: Connection,
     job_id: str | None,
     sequence: int,
-    event: str,
+    event: Event,
     worker_id: str | None,
     at: datetime,
     message: str | None = None,
@@ -124,7 +124,7 @@ def log_failure(
     connection: Connection,
     job_id: str,
     sequence: int,
-    event: str,
+    event: Event,
     worker_id: str | None,
     at: datetime,
     failure: Failure | None,

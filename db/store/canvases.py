@@ -7,7 +7,7 @@ from sqlalchemy import select, update
 
 from db import statements
 from db.models import task_groups, task_queue
-from db.records import DUE, TOLD, ChordParts, Row, now
+from db.records import ChordParts, Row, Sequel, now
 from db.statements import UNSUCCESSFUL, is_one_of, of_job
 from db.store.base import Part
 
@@ -96,14 +96,14 @@ class Canvases(Part):
     def settle(self, job_id: str) -> None:
         """What follows from the end of this job has been told."""
         with self._changing() as connection:
-            statement = update(task_queue).where(of_job, task_queue.c.sequel == DUE).values(sequel=TOLD)
+            statement = update(task_queue).where(of_job, task_queue.c.sequel == Sequel.DUE).values(sequel=Sequel.TOLD)
             connection.execute(statement, {"b_job_id": job_id})
 
     def unsettled(self, before: datetime, limit: int = 100) -> list[Row]:
         """Jobs that ended before this time, whose chords, chains and errbacks may not have heard of it."""
         statement = (
             select(task_queue)
-            .where(task_queue.c.sequel == DUE, task_queue.c.completed_at < before)
+            .where(task_queue.c.sequel == Sequel.DUE, task_queue.c.completed_at < before)
             .order_by(task_queue.c.completed_at)
             .limit(limit)
         )

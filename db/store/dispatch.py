@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import func, select, type_coerce, update
 
 from db.models import UTCDateTime, task_queue
-from db.records import Row, Status, now
+from db.records import Event, Row, Status, now
 from db.statements import ACTIVE, RESTING, is_one_of, is_paused, of_job
 from db.store.base import Part, log
 
@@ -89,7 +89,7 @@ class Dispatch(Part):
             ).one_or_none()
             if row is None:
                 return False
-            log(connection, row.job_id, row.sequence, "republished", None, at, reason)
+            log(connection, row.job_id, row.sequence, Event.REPUBLISHED, None, at, reason)
             return True
 
     def expired(self, limit: int = 1000) -> list[Row]:

@@ -13,14 +13,14 @@ from typing import Final
 from sqlalchemy import Text, bindparam, case, cast, func, or_, select, text, update
 
 from db.models import duties, task_logs, task_queue
-from db.records import Row, now
+from db.records import Event, Row, now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part
 
 _log: Final = task_logs.c
 _job: Final = task_queue.c
 _result: Final = cast(_job.result_data, Text)
-_is_completed: Final = _log.event_type == "completed"
+_is_completed: Final = _log.event_type == Event.COMPLETED
 _is_short: Final = func.length(_result) < bindparam("b_result_bytes")
 _CHANGES: Final = (
     select(
@@ -50,7 +50,9 @@ _LAST: Final = select(func.max(_log.id))
 _LAST_OF_A_WORKER: Final = (
     select(_log.id)
     .where(
-        _log.job_id.is_not(None), _log.worker_id.is_not(None), _log.event_type.not_in(("lost", "failed", "cancelled"))
+        _log.job_id.is_not(None),
+        _log.worker_id.is_not(None),
+        _log.event_type.not_in((Event.LOST, Event.FAILED, Event.CANCELLED)),
     )
     .order_by(_log.id.desc())
     .limit(1)

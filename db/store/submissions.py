@@ -4,12 +4,12 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, case, exists, null, select, update
+from sqlalchemy import Connection, String, case, exists, literal, null, select, update
 from sqlalchemy.exc import IntegrityError
 
 from db import statements
 from db.models import task_queue
-from db.records import PENDING, NewJob, Publication, Status
+from db.records import Event, NewJob, Publication, Sequel, Status
 from db.statements import RETURNED, UNSUCCESSFUL, is_one_of, of_job
 from db.store.base import Part, failure_columns, log, publication_at, standing_of
 
@@ -108,7 +108,7 @@ class Submissions(Part):
                     completed_at=None,
                     published_at=None if is_resting else at,
                     updated_at=at,
-                    sequel=case((task_queue.c.sequel.is_not(None), PENDING), else_=null()),
+                    sequel=case((task_queue.c.sequel.is_not(None), literal(Sequel.PENDING, String)), else_=null()),
                     sequence=task_queue.c.sequence + 1,
                     **failure_columns(None),
                     **({name: getattr(job, name) for name in _SUBMITTED} if job is not None else {"expires_at": None}),
@@ -118,7 +118,7 @@ class Submissions(Part):
             ).one_or_none()
             if row is None:
                 return publication_at(connection, job_id, earlier, is_resting)
-            log(connection, job_id, row.sequence, "replayed", None, at)
+            log(connection, job_id, row.sequence, Event.REPLAYED, None, at)
             return Publication(row.publication, row.priority, is_resting)
 
 

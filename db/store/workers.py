@@ -7,13 +7,10 @@ from uuid import uuid4
 from sqlalchemy import delete, exists, or_, select, update
 
 from db.models import duties, task_queue, worker_heartbeats, worker_leases
-from db.records import Heartbeat, Holder, Row, Status, now
+from db.records import GONE, Event, Heartbeat, Holder, Row, Status, WorkerStatus, now
 from db.statements import ACTIVE, is_one_of
 from db.store.base import Part, log, text
 
-STOPPED: Final = "stopped"
-LOST: Final = "lost"
-GONE: Final = (STOPPED, LOST)
 IDENTITY: Final = "identity"
 
 
@@ -30,7 +27,7 @@ class Workers(Part):
         with self._changing() as connection:
             connection.execute(statement.on_conflict_do_update(index_elements=["worker_id"], set_=values))
 
-    def log_worker(self, worker_id: str | None, event: str, message: str) -> None:
+    def log_worker(self, worker_id: str | None, event: Event, message: str) -> None:
         """A change that belongs to no job: a worker's start or stop, a message that could not be read."""
         with self._changing() as connection:
             log(connection, None, 0, event, worker_id, now(), message)
@@ -49,8 +46,10 @@ class Workers(Part):
         """Show that the worker of this lease has died, unless another one of its name has shown itself since."""
         c = worker_heartbeats.c
         with self._changing() as connection:
-            statement = update(worker_heartbeats).where(c.worker_id == worker_id, c.lease == lease, c.status != STOPPED)
-            connection.execute(statement.values(status=LOST, current_tasks=[], reserved_tasks=[]))
+            statement = update(worker_heartbeats).where(
+                c.worker_id == worker_id, c.lease == lease, c.status != WorkerStatus.STOPPED
+            )
+            connection.execute(statement.values(status=WorkerStatus.LOST, current_tasks=[], reserved_tasks=[]))
 
     # Leases
 

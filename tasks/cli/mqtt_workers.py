@@ -88,12 +88,15 @@ def _running(app: "MediaTasks") -> dict[str, list[dict[str, Any]]] | None:
 
 
 def _alive(capability: Mapping[str, Any], running: Mapping[str, list[dict[str, Any]]] | None) -> Alive:
+    from db.records import WorkerStatus
+
     worker_id = capability["worker_id"]
+    by_slots = WorkerStatus.IDLE if capability["idle_count"] > 0 else WorkerStatus.BUSY
     return Alive(
         worker_id=worker_id,
         capabilities=capability["capabilities"],
         idle_count=capability["idle_count"],
-        status=capability.get("status") or ("idle" if capability["idle_count"] > 0 else "busy"),
+        status=capability.get("status") or by_slots,
         timestamp=capability["timestamp"],
         jobs=None if running is None else running.get(worker_id, []),
     )

@@ -26,6 +26,7 @@ class Known:
 
     worker_id: str
     status: str
+    is_dead: bool
     heard_at: datetime
     is_alive: bool
     is_settled: bool
@@ -61,9 +62,11 @@ def _unexplained(
 
 
 def _gone(worker: Known | None) -> str:
+    from db.records import GONE
+
     if worker is None:
         return "the job table knows no such worker"
-    status = worker.status if worker.status in ("stopped", "lost", "dead") else "silent"
+    status = "dead" if worker.is_dead else worker.status if worker.status in GONE else "silent"
     return f"worker {worker.worker_id} is {status}, last heard of at {worker.heard_at:%Y-%m-%d %H:%M:%S} UTC"
 
 
@@ -95,7 +98,8 @@ def _known(app: "MediaTasks") -> dict[str, Known]:
         is_alive = row["worker_id"] in alive
         known[capability_topic(app.settings.capability_topic_prefix, row["worker_id"])] = Known(
             worker_id=row["worker_id"],
-            status="dead" if row["lease"] in dead else row["status"],
+            status=row["status"],
+            is_dead=row["lease"] in dead,
             heard_at=row["last_heartbeat"],
             is_alive=is_alive,
             is_settled=is_alive and row["started_at"] < settled_since,

@@ -264,6 +264,8 @@ def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> An
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from db.records import Status
+
     store = task.app.store
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -281,7 +283,7 @@ def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> An
             row = store.job(result.id)
             if row is None:
                 return
-            if row["status"] != "queued":
+            if row["status"] != Status.QUEUED:
                 why = ""
             elif time.monotonic() >= look_at:
                 before, why = why, _why_it_waits(task)

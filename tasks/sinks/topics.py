@@ -7,39 +7,35 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-# What a change of a job is to a subscriber. What gives a job back to its queue is `queued` again.
-EVENT_TYPES: Final[Mapping[str, str]] = {
-    "created": "queued",
-    "claimed": "processing",
-    "started": "processing",
-    "progress": "processing",
-    "retry": "retry",
-    "replaced": "queued",
-    "released": "queued",
-    "republished": "queued",
-    "replayed": "queued",
-    "lost": "lost",
-    "completed": "completed",
-    "failed": "error",
-    "cancelled": "cancelled",
+from db.records import Event, Status, WorkerStatus
+
+
+class Told(NamedTuple):
+    """What a change of a job is to a subscriber: the event_type of the payload, and where the job stands after it."""
+
+    event_type: str
+    status: Status
+
+
+# What gives a job back to its queue is `queued` again. Rows of workers are not told.
+TOLD: Final[Mapping[Event, Told]] = {
+    Event.CREATED: Told("queued", Status.QUEUED),
+    Event.CLAIMED: Told("processing", Status.CLAIMED),
+    Event.STARTED: Told("processing", Status.RUNNING),
+    Event.RETRY: Told("retry", Status.QUEUED),
+    Event.REPLACED: Told("queued", Status.QUEUED),
+    Event.RELEASED: Told("queued", Status.QUEUED),
+    Event.REPUBLISHED: Told("queued", Status.QUEUED),
+    Event.REPLAYED: Told("queued", Status.QUEUED),
+    Event.LOST: Told("lost", Status.QUEUED),
+    Event.COMPLETED: Told("completed", Status.COMPLETED),
+    Event.FAILED: Told("error", Status.FAILED),
+    Event.CANCELLED: Told("cancelled", Status.CANCELLED),
 }
-STATUS_AFTER: Final[Mapping[str, str]] = {
-    "created": "queued",
-    "claimed": "claimed",
-    "started": "running",
-    "progress": "running",
-    "retry": "queued",
-    "replaced": "queued",
-    "released": "queued",
-    "republished": "queued",
-    "replayed": "queued",
-    "lost": "queued",
-    "completed": "completed",
-    "failed": "failed",
-    "cancelled": "cancelled",
-}
+# How far a running job is stands in its row, and in no row of the log.
+PROGRESS: Final = TOLD[Event.STARTED]
 
 
 def capability_topic(prefix: str, worker_id: str) -> str:
@@ -63,7 +59,7 @@ def capability(worker_id: str, capabilities: Sequence[str], idle_count: int, *, 
         "timestamp": milliseconds(time.time()),
     }
     if is_draining:
-        payload["status"] = "draining"
+        payload["status"] = WorkerStatus.DRAINING
     return json.dumps(payload)
 
 
@@ -73,11 +69,10 @@ def milliseconds(seconds: float) -> int:
 
 
 def event(
-    event_type: str,
+    told: Told,
     job_id: str,
     data: Mapping[str, Any],
     *,
-    status: str,
     progress: float,
     task_type: str,
     root_id: str,
@@ -87,12 +82,12 @@ def event(
 ) -> str:
     """A change of a job, or how far it is: then `sequence` is that of its last change."""
     payload = {
-        "event_type": event_type,
+        "event_type": told.event_type,
         "job_id": job_id,
         "data": data,
         "progress": progress,
         "task_type": task_type,
-        "status": status,
+        "status": told.status,
         "root_id": root_id,
         "worker_id": worker_id,
         "sequence": sequence,

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.sinks.topics import EVENT_TYPES
+from tasks.sinks.topics import TOLD
 from tests.acceptance.deployment import lines
 from tests.chaos import chronicle
 from tests.chaos.chronicle import Attempt, Chronicle
@@ -289,7 +289,7 @@ class Audit:
 
 def change_of(log: Any) -> tuple[int, str]:
     """A log row as a subscriber hears it."""
-    return log["sequence"], EVENT_TYPES[log["event_type"]]
+    return log["sequence"], TOLD[log["event_type"]].event_type
 
 
 def _is_within(attempt: Attempt, spans: Iterable[tuple[datetime, datetime | None]]) -> bool:

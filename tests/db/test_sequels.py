@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from db.records import DUE, PENDING, TOLD, Failure, Fence, Status, now
+from db.records import Failure, Fence, Sequel, Status, now
 from tests.db.conftest import claim, events_of, new_job, row_of, running
 
 FAILURE = Failure(error_type="E", error_message="m")
@@ -16,7 +16,7 @@ def untold(store, **options):
 
 def member(store, **values):
     """A running member of a chord."""
-    return running(store, group_id="g", in_chord=True, sequel=PENDING, **values)
+    return running(store, group_id="g", in_chord=True, sequel=Sequel.PENDING, **values)
 
 
 class TestDue:
@@ -26,11 +26,11 @@ class TestDue:
 
         store.complete(job.job_id, attempt, {})
 
-        assert row_of(store, job)["sequel"] == DUE
+        assert row_of(store, job)["sequel"] == Sequel.DUE
         assert untold(store) == [job.job_id]
 
     def test_a_completed_job_of_no_chord_is_not(self, store):
-        job, attempt = running(store, sequel=PENDING)
+        job, attempt = running(store, sequel=Sequel.PENDING)
 
         store.complete(job.job_id, attempt, {})
 
@@ -38,13 +38,15 @@ class TestDue:
         assert untold(store) == []
 
     @pytest.mark.parametrize("status", [Status.FAILED, Status.CANCELLED])
-    @pytest.mark.parametrize("make", [member, lambda store: running(store, sequel=PENDING)], ids=["chord", "chain"])
+    @pytest.mark.parametrize(
+        "make", [member, lambda store: running(store, sequel=Sequel.PENDING)], ids=["chord", "chain"]
+    )
     def test_an_unsuccessful_job_is_due_if_something_follows(self, store, status, make):
         job, attempt = make(store)
 
         store.end(job.job_id, status, FAILURE, fence=Fence(attempt=attempt))
 
-        assert row_of(store, job)["sequel"] == DUE
+        assert row_of(store, job)["sequel"] == Sequel.DUE
         assert untold(store) == [job.job_id]
 
     @pytest.mark.parametrize("status", [Status.FAILED, Status.CANCELLED])
@@ -57,7 +59,7 @@ class TestDue:
         assert untold(store) == []
 
     def test_a_queued_job_that_is_cancelled_is_due(self, store):
-        job = new_job(sequel=PENDING)
+        job = new_job(sequel=Sequel.PENDING)
         store.enqueue(job)
 
         store.end(job.job_id, Status.CANCELLED, FAILURE)
@@ -65,7 +67,7 @@ class TestDue:
         assert untold(store) == [job.job_id]
 
     def test_a_job_without_a_row_that_is_ended_is_due(self, store):
-        job = new_job(sequel=PENDING)
+        job = new_job(sequel=Sequel.PENDING)
 
         store.end(job.job_id, Status.FAILED, FAILURE, unknown=lambda: job)
 
@@ -76,7 +78,7 @@ class TestDue:
 
         store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
 
-        assert row_of(store, job)["sequel"] == PENDING
+        assert row_of(store, job)["sequel"] == Sequel.PENDING
         assert untold(store) == []
 
     def test_a_closed_attempt_is_no_end(self, store):
@@ -84,10 +86,10 @@ class TestDue:
 
         store.close(job.job_id, attempt, reason="dead")
 
-        assert row_of(store, job)["sequel"] == PENDING
+        assert row_of(store, job)["sequel"] == Sequel.PENDING
 
     def test_a_late_end_makes_nothing_due(self, store):
-        job, attempt = running(store, sequel=PENDING)
+        job, attempt = running(store, sequel=Sequel.PENDING)
         store.complete(job.job_id, attempt, {})
 
         store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=attempt))
@@ -104,7 +106,7 @@ class TestTold:
         for _ in range(2):
             store.settle(job.job_id)
 
-            assert row_of(store, job)["sequel"] == TOLD
+            assert row_of(store, job)["sequel"] == Sequel.TOLD
             assert untold(store) == []
             assert events_of(store, job) == events
 
@@ -117,7 +119,7 @@ class TestTold:
 
         assert untold(store) == []
 
-    @pytest.mark.parametrize("sequel", [None, PENDING])
+    @pytest.mark.parametrize("sequel", [None, Sequel.PENDING])
     def test_what_is_not_due_is_not_told(self, store, sequel):
         job, _attempt = running(store, sequel=sequel)
 
@@ -133,7 +135,7 @@ class TestTold:
 
         store.replay(job.job_id)
 
-        assert row_of(store, job)["sequel"] == PENDING
+        assert row_of(store, job)["sequel"] == Sequel.PENDING
         assert untold(store) == []
         again = claim(store, job, publication=2).attempt
         store.end(job.job_id, Status.FAILED, FAILURE, fence=Fence(attempt=again))
@@ -146,7 +148,7 @@ class TestTold:
         store.replay(job.job_id)
         store.settle(job.job_id)  # by the one who was about to tell of the first end
 
-        assert row_of(store, job)["sequel"] == PENDING
+        assert row_of(store, job)["sequel"] == Sequel.PENDING
 
     def test_a_replay_of_a_job_from_which_nothing_follows_changes_nothing(self, store):
         job, attempt = running(store)

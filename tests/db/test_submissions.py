@@ -3,7 +3,7 @@
 from datetime import timedelta, timezone
 from uuid import UUID
 
-from db.records import PENDING, Publication, now
+from db.records import Publication, Sequel, now
 from tests.db.conftest import WHEN, claim, events_of, new_job, row_of
 
 
@@ -33,7 +33,7 @@ class TestEnqueue:
             group_id="group",
             group_index=4,
             in_chord=True,
-            sequel=PENDING,
+            sequel=Sequel.PENDING,
             unique_key="resize of in.jpg",
             unique_until=WHEN + timedelta(hours=1),
             message={"args": [1.5, True], "kwargs": {"nested": {"deep": [{}]}}},

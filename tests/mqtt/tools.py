@@ -152,10 +152,9 @@ class Tools(Commands):
 def event(job_id: str, sequence: int, change: str = "started", data: Any = None, **changed: Any) -> dict[str, Any]:
     """An event as a relay tells it."""
     payload = topics.event(
-        topics.EVENT_TYPES[change],
+        topics.TOLD[change],
         job_id,
         data or {},
-        status=topics.STATUS_AFTER[change],
         progress=100.0 if change == "completed" else 0.0,
         task_type="image_resize",
         root_id=job_id,

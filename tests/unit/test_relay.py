@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from celery.worker.components import Consumer
+from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
+from db.models import task_logs
 from db.records import Failure, Fence, NewJob, Status
 from tasks import control
 from tasks.broadcast import Broadcast
@@ -354,10 +356,10 @@ def test_a_row_that_cannot_be_told_is_passed_over(relay, store, sink, monkeypatc
 
     tell = topics.event
 
-    def event(event_type, job_id, *args, **kwargs):
+    def event(told, job_id, *args, **kwargs):
         if job_id == "a":
             raise ValueError("broken")
-        return tell(event_type, job_id, *args, **kwargs)
+        return tell(told, job_id, *args, **kwargs)
 
     monkeypatch.setattr("tasks.sinks.topics.event", event)
 
@@ -365,6 +367,17 @@ def test_a_row_that_cannot_be_told_is_passed_over(relay, store, sink, monkeypatc
 
     assert [event["job_id"] for event in sink.told] == ["b"]
     assert "can't be told" in caplog.text
+
+
+def test_an_event_that_this_version_does_not_know_is_passed_over_and_said(relay, store, sink, caplog):
+    enqueue(store, "a", "b")
+    with store.database.transaction() as connection:
+        connection.execute(update(task_logs).where(task_logs.c.job_id == "a").values(event_type="rescued"))
+
+    relay.round()
+
+    assert [event["job_id"] for event in sink.told] == ["b"]
+    assert "can't be told and is passed over: 'rescued' is no event" in caplog.text
 
 
 class TestProgress:
