@@ -3,6 +3,7 @@
 In: the settings. Out: messages in the order of their arrival; what goes wrong is one line that names the variable.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class Connection:
         self._client.on_unsubscribe = lambda _client, _data, number, codes, _: self._on_answer(number, codes)
         self._client.on_publish = lambda _client, _data, number, code, _: self._on_answer(number, [code])
         self._greeting: ReasonCode | None = None
+        self._longest_packet_bytes: float = math.inf
         self._messages: deque[Message] = deque()
         self._answers: dict[int, list[ReasonCode]] = {}
 
@@ -79,7 +81,8 @@ class Connection:
         self._client.disconnect()
 
     def open(self) -> None:
-        """Connect, for the first time or again.
+        """Connect, for the first time or again. What was not confirmed is not sent again: it may be what has cost the
+        connection.
 
         Raises:
             Unreachable, Refused: With the variable to look at.
@@ -88,6 +91,7 @@ class Connection:
         from tasks.sinks.client import KEEPALIVE_S
 
         self._greeting = None
+        self._client.drop_out_messages()
         try:
             self._client.connect(self._settings.mqtt_broker, self._settings.mqtt_port, KEEPALIVE_S)
         except (OSError, OverflowError, ValueError) as exc:
@@ -106,6 +110,12 @@ class Connection:
         """Publish, and wait until the broker has it."""
         sent = self._client.publish(topic, payload, qos=1, retain=is_retained)
         self._answered(sent.mid, f"publish to {topic}")
+
+    def longest_bytes(self, topic: str) -> float:
+        """How long a payload may be there, by what the broker said when it took the connection; inf: nothing."""
+        from tasks.sinks.limit import PACKET_BYTES
+
+        return max(self._longest_packet_bytes - PACKET_BYTES - len(topic.encode()), 0)
 
     def next(self, timeout_s: float | None = None) -> Message | None:
         """The next message, or None if the time is up before."""
@@ -159,8 +169,9 @@ class Connection:
                 raise Unreachable(_lost(self.address))
         return True
 
-    def _on_connect(self, _client: Any, _data: Any, _flags: Any, code: "ReasonCode", _properties: Any) -> None:
+    def _on_connect(self, _client: Any, _data: Any, _flags: Any, code: "ReasonCode", properties: Any) -> None:
         self._greeting = code
+        self._longest_packet_bytes = getattr(properties, "MaximumPacketSize", math.inf)
 
     def _on_message(self, _client: Any, _data: Any, message: Any) -> None:
         self._messages.append(Message(message.topic, bytes(message.payload), bool(message.retain)))

@@ -1,6 +1,7 @@
 """`celery -A tasks mqtt replay`: events that somebody missed, from the log, in the payloads that the relay told."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -9,8 +10,8 @@ import click
 
 from tasks.cli.app import with_app
 from tasks.cli.ids import job_row
-from tasks.cli.mqtt_connection import Connection
-from tasks.cli.mqtt_events import event_line
+from tasks.cli.mqtt_connection import Connection, Unreachable
+from tasks.cli.mqtt_events import SHORT_ID, event_line
 from tasks.cli.text import counted, remark
 from tasks.cli.times import Since
 
@@ -38,16 +39,89 @@ def replay_events(
     if (job_id is None) == (since is None):
         raise click.UsageError("give either --job or --since")
     rows = _of_job(app, job_id) if job_id is not None else _since(app, since or datetime.now(UTC))
-    published = 0
     with ExitStack() as ending:
         connection = ending.enter_context(Connection(app.settings)) if is_published else None
+        publisher = _Publisher(connection, app.settings.mqtt_topic) if connection is not None else None
         for event in _events(rows):
-            if connection is not None:
-                connection.publish(app.settings.mqtt_topic, event)
-                published += 1
+            if publisher is not None:
+                publisher.publish(event)
             click.echo(event if is_json else event_line(json.loads(event)))
-        if connection is not None:
-            remark(f"{counted(published, 'event')} published to {app.settings.mqtt_topic} on {connection.address}")
+        if publisher is not None:
+            publisher.sum_up()
+
+
+class _Publisher:
+    """Tells events again, each until the broker has it. One that is too long for it is shortened, and stops no other.
+
+    A broker may announce its limit. Others only close the connection over what is too long: so an event over which it
+    was lost is tried once more, shortened, and then passed over.
+    """
+
+    def __init__(self, connection: Connection, topic: str) -> None:
+        self._connection = connection
+        self._topic = topic
+        self._published = self._shortened = self._left_out = 0
+
+    def publish(self, event: str) -> None:
+        """
+        Raises:
+            Unreachable: The broker has gone, and takes no other connection.
+        """
+        from tasks.sinks.limit import LEAST_BYTES
+
+        longest_bytes = self._connection.longest_bytes(self._topic)
+        for text in (_fitting(event, longest_bytes), _fitting(event, min(longest_bytes, LEAST_BYTES))):
+            if text is not None and self._is_taken(text, event):
+                self._published += 1
+                if text != event:
+                    self._shortened += 1
+                    remark(f"too long, and so without its result or the end of its message: {_named(event)}")
+                return
+        self._left_out += 1
+        remark(f"too long, and so not published: {_named(event)}")
+
+    def sum_up(self) -> None:
+        """
+        Raises:
+            click.exceptions.Exit: Not all could be published; code 1.
+        """
+        remark(f"{counted(self._published, 'event')} published to {self._topic} on {self._connection.address}")
+        if self._shortened or self._left_out:
+            longest_bytes = self._connection.longest_bytes(self._topic)
+            known = "" if longest_bytes == math.inf else f", {longest_bytes:,.0f} bytes for an event"
+            remark(
+                f"the rest is in the job table: raise the broker's limit{known} (Mosquitto: max_packet_size, "
+                "message_size_limit) and run this again, or leave out --publish"
+            )
+        if self._left_out:
+            raise click.exceptions.Exit(1)
+
+    def _is_taken(self, text: str, event: str) -> bool:
+        """Whether the broker has it; if not, the connection is a new one."""
+        try:
+            self._connection.publish(self._topic, text)
+        except Unreachable:
+            try:
+                self._connection.open()
+            except click.ClickException as exc:
+                raise Unreachable(
+                    f"{exc.message}. {counted(self._published, 'event')} published; then it was lost over "
+                    f"{_named(event)}: run this again when it is back, subscribers drop what they have"
+                ) from exc
+            return False
+        return True
+
+
+def _fitting(event: str, longest_bytes: float) -> str | None:
+    """The event, which is ASCII, without what makes it too long; None if it is too long all the same."""
+    from tasks.sinks.events import shortened
+
+    return event if len(event) <= longest_bytes else shortened(event, int(longest_bytes))
+
+
+def _named(event: str) -> str:
+    payload = json.loads(event)
+    return f"change {payload['sequence']} of {payload['job_id'][:SHORT_ID]}, {len(event):,} bytes"
 
 
 def _events(rows: Iterator[Mapping[str, Any]]) -> Iterator[str]:

@@ -8,7 +8,9 @@ import pytest
 
 from db.models import task_logs
 from db.records import Failure, Fence, Status
+from tasks.cli.mqtt_connection import Connection
 from tests.mqtt.messages import validate
+from tests.tooling.waiting import eventually
 
 ID = "8af269fb-e3fe-466a-b147-05f91584394b"
 OTHER = "91aaa2bd-2bc0-4c6f-9414-66a341ac416d"
@@ -143,3 +145,97 @@ def test_it_says_what_the_relay_said(deployment, listener, worker_id, tools_for,
     tools = tools_for(mosquitto.port, mosquitto.topic_prefix)
 
     assert payloads(tools.mqtt("replay", "--job", job.id, "--json")) == listener.changes(job)
+
+
+# What is too long for a broker
+
+
+@pytest.fixture
+def long_past(tools_for):
+    """`long_past(port)`: between two jobs one with a long result and one with a long error."""
+
+    def make(port):
+        tools = tools_for(port)
+        long = Failure(error_type="ValueError", error_message="y" * 5000, error_module="builtins")
+        for job_id in ("first", "result", "error", "last"):
+            tools.claim(tools.job(job_id))
+            if job_id == "error":
+                tools.store.end(job_id, Status.FAILED, long, fence=Fence(attempt=1))
+            else:
+                tools.store.complete(job_id, 1, {"x": "x" * (5000 if job_id == "result" else 1)})
+        return tools
+
+    return make
+
+
+def heard(listener, job_id):
+    eventually(lambda: len(listener.changes(job_id)) == 4, 10, lambda: listener.events(job_id))
+    return listener.changes(job_id)[-1]["data"]
+
+
+def check_told_again(tools, listener):
+    """All changes are told, those that are too long without what makes them long; the command's words."""
+    result = tools.mqtt("replay", "--since", "1h", "--json", "--publish")
+
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 16
+    assert heard(listener, "first") == heard(listener, "last") == {"result": {"x": "x"}}
+    assert heard(listener, "result") == {"result": None, "is_truncated": True}
+    error = heard(listener, "error")
+    assert error["error_type"] == "ValueError"
+    assert error["error_message"].startswith("yyy")
+    assert "without its result or the end of its message: change 4 of result, 5," in result.stderr
+    assert f"16 events published to {tools.settings.mqtt_topic} on 127.0.0.1:" in result.stderr
+    return result.stderr
+
+
+def test_what_is_above_the_announced_limit_is_published_without_what_makes_it_long(
+    long_past, private_mosquitto, listen
+):
+    broker = private_mosquitto("max_packet_size 3000")
+    tools, listener = long_past(broker.port), listen(broker.port, prefix="mt")
+
+    assert "raise the broker's limit, 2,981 bytes for an event (Mosquitto" in check_told_again(tools, listener)
+
+
+def test_a_broker_that_closes_over_what_is_too_long_is_told_the_rest(long_past, private_mosquitto, listen):
+    broker = private_mosquitto("message_size_limit 3000")
+    tools, listener = long_past(broker.port), listen(broker.port, prefix="mt")
+
+    assert "raise the broker's limit (Mosquitto" in check_told_again(tools, listener)
+
+
+def test_an_event_that_can_not_be_shortened_stops_no_other(tools_for, private_mosquitto, listen):
+    broker = private_mosquitto("message_size_limit 600")
+    tools, listener = tools_for(broker.port), listen(broker.port, prefix="mt")
+    for job_id in ("first", "a" * 250, "last"):
+        tools.job(job_id)
+
+    result = tools.mqtt("replay", "--since", "1h", "--json", "--publish")
+
+    assert result.exit_code == 1
+    listener.wait_for_change("last", "queued")
+    assert len(listener.events()) == 2
+    assert "too long, and so not published: change 1 of aaaaaaaa, 69" in result.stderr
+    assert "2 events published to mt/events" in result.stderr
+
+
+def test_a_broker_that_goes_meanwhile_is_said_with_the_event_and_how_to_go_on(
+    long_past, private_mosquitto, monkeypatch
+):
+    broker = private_mosquitto()
+    tools = long_past(broker.port)
+    publish = Connection.publish
+
+    def publish_until_it_goes(connection, topic, payload):
+        if '"failed"' in payload:
+            broker.kill9()
+        publish(connection, topic, payload)
+
+    monkeypatch.setattr(Connection, "publish", publish_until_it_goes)
+
+    error = tools.error("replay", "--since", "1h", "--json", "--publish")
+
+    assert "11 events published; then it was lost over change 4 of error, 5," in error
+    assert "run this again" in error
+    assert "MQTT_BROKER" in error
