@@ -90,6 +90,10 @@ class DiskFull(TransientError):
     """No space left (ENOSPC, EDQUOT) while writing an output; the message names the path."""
 
 
+class AttemptDisturbed(TransientError):
+    """Somebody has removed what this attempt was writing; the next one begins anew."""
+
+
 class RateLimited(TransientError):
     """A server asked to be left alone; `retry_after_s` says for how long, if it did."""
 

@@ -324,7 +324,7 @@ class Job(Task):
             request.attempt = claim.attempt
             request.claimed_at = time.monotonic()
             if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
-                remove_temp_files(self, (args, kwargs), request.id)
+                remove_temp_files(self, (args, kwargs), request.id, up_to=claim.attempt - 1)
         if claim.decision is Decision.POISON:
             raise poisoned(claim.deaths, app.settings.max_deaths)
         if claim.decision is Decision.COMPLETED and request.chord:

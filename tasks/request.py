@@ -94,10 +94,12 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             return None
         if not (self.is_job and isinstance(exc, _GONE)):
             return super().on_failure(exc_info, send_failed_event, return_ok)
-        self._remove_temp_files()
         if isinstance(exc, Terminated):
+            self.app.patiently(self._remove_temp_files)
             return super().on_failure(exc_info, send_failed_event, return_ok)
         state.task_ready(self)
+        with suppress(SQLAlchemyError):  # else whoever closes the attempt does it
+            self._remove_temp_files()
         if not (self._already_revoked or self._already_cancelled or self.is_given_back):
             self._end_lost()
         return None
@@ -138,7 +140,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
                 spared.add(self.id)
             self.reject(requeue=closed is None)
             return
-        self._remove_temp_files()
+        self.app.patiently(self._remove_temp_files)
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
         logger.error("%s[%s]: %s", self.name, self.id, error)
         if not (self.task.retry_on_timeout and self._retry(error)):
@@ -216,8 +218,13 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
                 os.kill(self.worker_pid, SIGKILL)
 
     def _remove_temp_files(self) -> None:
-        """Those of all attempts: which one this was, only the database knows."""
-        remove_temp_files(self.task, self._payload[:2], self.id)
+        """Those of the attempt that it had, and of earlier ones. Another worker may have taken the job over: what that
+        one writes is its own.
+        """
+        row = self.app.store.job(self.id)
+        if row is not None:
+            last = row["attempt"] if self._is_own(row) else row["attempt"] - 1
+            remove_temp_files(self.task, self._payload[:2], self.id, up_to=last)
 
     def _close(self, reason: str, *, is_death: bool = True) -> Closed | None:
         """End the attempt; None if it is no longer this worker's, or if the database leaves that to the upkeep."""
@@ -231,8 +238,10 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     def _own_row(self) -> Row | None:
         """The job's row, if it is this message's and this worker's."""
         row = self.app.store.job(self.id)
-        is_own = row is not None and (row["lease"], row["publication"]) == (self.app.lease, self._publication)
-        return row if is_own else None
+        return row if row is not None and self._is_own(row) else None
+
+    def _is_own(self, row: Row) -> bool:
+        return (row["lease"], row["publication"]) == (self.app.lease, self._publication)
 
     def _retry(self, error: JobTimeout) -> bool:
         """Queue the job for its next attempt, if it has one."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.errors import DiskFull, OutputNotWritable
+from tasks.errors import AttemptDisturbed, DiskFull, OutputNotWritable
 from tasks.media.sniff import kind_of
 
 TEMP_PREFIX = ".media-tasks-"
@@ -58,6 +58,7 @@ def atomic_outputs(
 
     Raises:
         DiskFull: no space left, or over quota; transient.
+        AttemptDisturbed: somebody has removed a temp file meanwhile; transient.
         OutputNotWritable: something stands in the way that is no regular file, or writing is not allowed.
     """
     token = token or secrets.token_hex(8)
@@ -74,7 +75,7 @@ def atomic_outputs(
             confirm()
         for output in staged:
             with _reported(output.path):
-                output.temp.replace(output.path)
+                _show(output)
         for directory in {output.path.parent for output in staged}:
             _sync_directory(directory)
     finally:
@@ -87,6 +88,11 @@ def atomic_outputs(
 def temp_files_of(token: str, directory: str | Path) -> list[Path]:
     """The temp files in `directory` of the attempt that wrote with this token; `*` in it stands for anything."""
     return sorted(Path(directory).glob(f"{TEMP_PREFIX}{token}-*{TEMP_SUFFIX}"))
+
+
+def token_in(temp_file: Path) -> str:
+    """The token in the name of a temp file."""
+    return temp_file.name.removeprefix(TEMP_PREFIX).rpartition("-")[0]
 
 
 def raise_for_write_error(exc: OSError, path: str | Path) -> None:
@@ -114,6 +120,19 @@ def _stage(path: Path, token: str) -> Staged:
     temp = path.with_name(f"{TEMP_PREFIX}{token}-{secrets.token_hex(4)}{TEMP_SUFFIX}")
     fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask decides, as for any file
     return Staged(path, temp, fd)
+
+
+def _show(output: Staged) -> None:
+    """Rename it to its path; the last step, so that a temp file that is gone leaves nothing behind."""
+    try:
+        output.temp.replace(output.path)
+    except FileNotFoundError as exc:
+        if not output.path.parent.is_dir():
+            raise
+        raise AttemptDisturbed(
+            f"{output.path}: somebody has removed its temp file {output.temp.name} before it was complete; leave such "
+            "files to the workers"
+        ) from exc
 
 
 def _refuse_special(path: Path) -> None:

@@ -275,6 +275,17 @@ def litter(self: Job, output: OutputPath) -> None:
             raise TransientError("it is not good enough")
 
 
+@app.task(bind=True)
+def write_slowly(self: Job, output: OutputPath, first_s: float, later_s: float) -> int:
+    """Take more time for its output at the first attempt than later; which one has written it."""
+    attempt = int(self.request.attempt)
+    _append(f"{output}.pids", str(os.getpid()))
+    with atomic_outputs([output], token=self.token, confirm=self.confirm) as (staged,):
+        os.write(staged.fd, b"whole")
+        time.sleep(first_s if attempt == 1 else later_s)
+    return attempt
+
+
 @app.task
 def list_beside(output: OutputPath) -> list[str]:
     """What lies in the directory of its output as it begins."""

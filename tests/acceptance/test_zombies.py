@@ -6,7 +6,7 @@ import signal
 import pytest
 import pyvips
 
-from tests.acceptance.deployment import REPOSITORY, install_entry_point
+from tests.acceptance.deployment import REPOSITORY, install_entry_point, lines
 from tests.tooling import processes
 from tests.tooling.waiting import eventually
 
@@ -73,6 +73,10 @@ def waits(tmp_path):
     eventually((tmp_path / "waits").exists, 30, "the first attempt begins")
 
 
+def temp_files(folder):
+    return list(folder.glob(".media-tasks-*"))
+
+
 def identity(file):
     status = file.stat()
     return status.st_ino, status.st_mtime_ns
@@ -93,6 +97,30 @@ def test_a_zombie_leaves_the_output_of_its_successor_alone(own, start, job, tmp_
     assert identity(tmp_path / "out" / "out.png") == written
     assert own.events(job) == TAKEN_OVER
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("end", ["its hard time limit strikes", "its process dies"])
+@pytest.mark.parametrize("broker", ["embedded"], indirect=True)
+def test_the_end_of_a_zombie_leaves_what_its_successor_writes_alone(own, task, tmp_path, end):
+    own.start_worker("--concurrency=1", "-Q", "write_slowly")
+    limit = {"time_limit": 6} if "limit" in end else {}
+    job = task.write_slowly.apply_async((tmp_path / "out", 30.0, 5.0), **limit)
+    (first,) = eventually(lambda: temp_files(tmp_path), 10)
+    own.start_worker("--concurrency=1", "-Q", "write_slowly")
+    (zombie_pid,) = map(int, lines(tmp_path / "out.pids"))
+
+    assert own.app.store.close(job.id, own.row(job)["attempt"], reason="taken for dead")
+    (later,) = eventually(lambda: [path for path in temp_files(tmp_path) if path != first], 4)
+    if not limit:
+        os.kill(zombie_pid, signal.SIGKILL)
+    eventually(lambda: not processes.is_running(zombie_pid), 10)
+    eventually(lambda: not first.exists(), 3)
+    assert later.exists(), "it is over before its successor is"
+
+    assert job.get(**GET) == own.row(job)["attempt"] == 3
+    assert (tmp_path / "out").read_text() == "whole"
+    assert own.events(job) == TAKEN_OVER
+    assert temp_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("broker", ["embedded", "rabbitmq"], indirect=True)

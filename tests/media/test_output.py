@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import AttemptLost, DiskFull, OutputNotWritable
-from tasks.media.output import TEMP_PREFIX, atomic_outputs, temp_files_of
+from tasks.errors import AttemptDisturbed, AttemptLost, DiskFull, OutputNotWritable
+from tasks.media.output import TEMP_PREFIX, atomic_outputs, temp_files_of, token_in
 from tests.media.conftest import files_under
 
 
@@ -95,6 +95,7 @@ def test_the_temp_files_of_a_killed_attempt_can_be_found_by_its_token(tmp_path):
         assert len(found) == 2
         assert len(temp_files_of("job-1.*", tmp_path)) == 3, "those of all attempts"
         assert temp_files_of("job-1", tmp_path) == []
+        assert {token_in(path) for path in found} == {"job-1.2"}
     assert files_under(tmp_path) == {path.name for path in found} | {"c"}
 
 
@@ -111,6 +112,16 @@ def test_a_directory_that_vanishes_meanwhile_is_reported_with_what_helps(tmp_pat
     said = r"out\.bin can't be written: its directory is not there; keep it while the job runs, or write elsewhere$"
     with pytest.raises(OutputNotWritable, match=said), atomic_outputs([str(tmp_path / "gone" / "out.bin")]):
         shutil.rmtree(tmp_path / "gone")
+
+
+def test_a_temp_file_that_somebody_removes_is_written_anew_by_the_next_attempt(tmp_path):
+    target = tmp_path / "out.bin"
+    target.write_bytes(b"old")
+
+    with pytest.raises(AttemptDisturbed, match=str(target)), atomic_outputs([str(target)]) as (staged,):
+        staged.temp.unlink()
+
+    assert target.read_bytes() == b"old"
 
 
 def test_a_directory_in_place_of_the_output_is_reported_before_any_work(tmp_path):

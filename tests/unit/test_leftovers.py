@@ -30,19 +30,20 @@ def temp_file(directory, token=MINE):
     return path
 
 
-def test_the_temp_files_of_one_attempt_are_removed(producer, row, tmp_path):
-    mine, other = temp_file(tmp_path), temp_file(tmp_path, token_of("job-1", 3))
+def test_the_temp_files_up_to_an_attempt_are_removed_and_none_of_a_later_one(producer, row, tmp_path):
+    over = [temp_file(tmp_path, token_of("job-1", attempt)) for attempt in (1, 2)]
+    later = [temp_file(tmp_path, token_of("job-1", attempt)) for attempt in (3, 12, 20)]
 
-    assert remove_temp_files_of_row(producer.app, row) == 1
-    assert (mine.exists(), other.exists()) == (False, True)
+    assert remove_temp_files_of_row(producer.app, row) == 2
+    assert [path.exists() for path in (*over, *later)] == [False] * 2 + [True] * 3
 
 
-def test_those_of_all_attempts_of_a_job_are_removed_and_of_no_other(task, row, tmp_path):
+def test_those_of_a_call_are_removed_and_of_no_other_job(task, row, tmp_path):
     mine = [temp_file(tmp_path, token_of("job-1", attempt)) for attempt in (2, 13)]
     other = temp_file(tmp_path, token_of("job-1.2", 2))
     called_with = ([row["parameters"]["input"], row["parameters"]["output"]], {"width": 9})
 
-    assert remove_temp_files(task, called_with, "job-1") == 2
+    assert remove_temp_files(task, called_with, "job-1", up_to=13) == 2
     assert [path.exists() for path in (*mine, other)] == [False, False, True]
 
 
@@ -74,8 +75,8 @@ def test_an_id_that_could_be_a_pattern_is_none(task, row, tmp_path):
     other = temp_file(tmp_path, token_of("job-1", 2))
     called_with = ([row["parameters"]["input"], row["parameters"]["output"]], {"width": 9})
 
-    assert remove_temp_files(task, called_with, "job-*", 2) == 0
-    assert remove_temp_files(task, called_with, "job-[0-9]", 2) == 0
+    assert remove_temp_files(task, called_with, "job-*", up_to=2) == 0
+    assert remove_temp_files(task, called_with, "job-[0-9]", up_to=2) == 0
     assert other.exists()
 
 
