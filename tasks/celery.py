@@ -19,9 +19,9 @@ from kombu.utils.uuid import uuid
 
 import tasks.broker
 from tasks import capabilities
-from tasks.arguments import MAPS
 from tasks.brokers import REDIS
 from tasks.errors import SettingsError
+from tasks.options import MAPS
 from tasks.settings import Settings, settings
 
 if TYPE_CHECKING:

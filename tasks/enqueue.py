@@ -23,10 +23,10 @@ from kombu.utils.url import maybe_sanitize_url
 
 from db.records import Event, Fence, NewJob, Publication, Sequel, Status, now
 from tasks import capabilities
-from tasks.arguments import check_options, due, expiry, refused
 from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
+from tasks.options import check_options, due, expiry, refused
 from tasks.remedy import is_transient
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
 from tasks.values import LONGEST_NAME, LONGEST_S, is_name
