@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tasks.cli.app import with_app
-from tasks.cli.mqtt_connection import ANSWER_WITHIN_S, Connection, Unreachable
+from tasks.cli.mqtt_connection import ANSWER_WITHIN_S, Connection, Refused, Unreachable
 from tasks.cli.mqtt_events import SHORT_ID, Event, event_line, parsed
 from tasks.cli.text import remark
 
@@ -111,13 +111,17 @@ class _Watch:
             )
 
     def _come_back(self, connection: Connection, exc: Unreachable) -> None:
-        """Connect again, however long it takes; what happened meanwhile is in the table."""
+        """Connect again, however long it takes; what happened meanwhile is in the table.
+
+        A broker that refuses may do so for a while only, as when it starts or its passwords are changed.
+        """
         from tasks.sinks.client import KEEPALIVE_S
 
         since = (datetime.now(UTC) - timedelta(seconds=UNNOTICED_KEEPALIVES * KEEPALIVE_S)).isoformat(
             timespec="seconds"
         )
-        remark(f"{exc.message}; trying again")
+        said = exc.message
+        remark(f"{said}; trying again")
         for wait_s in _waits():
             time.sleep(self._at_most(wait_s))
             if self._is_over():
@@ -127,6 +131,11 @@ class _Watch:
                 connection.open()
                 connection.subscribe(self._settings.mqtt_topic)
             except Unreachable:
+                continue
+            except Refused as refusal:
+                if refusal.message != said:
+                    said = refusal.message
+                    remark(f"{said}; trying again")
                 continue
             remark(f"connected again; what happened meanwhile: celery -A tasks mqtt replay --since {since}")
             return

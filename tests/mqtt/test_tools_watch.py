@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import time
 
 import pytest
@@ -114,6 +115,31 @@ def test_it_comes_back_with_the_broker_and_says_how_to_fetch_what_was_missed(too
     )
     tools.tell(event(ID, 4))
     assert "processing" in watching.line()
+
+
+def test_it_goes_on_trying_while_the_broker_that_came_back_refuses_it(tools_for, private_mosquitto, tmp_path):
+    file = tmp_path / "passwords"
+    file.touch(mode=0o600)
+
+    def let_in(password):
+        subprocess.run(["mosquitto_passwd", "-b", file, "watcher", password], check=True, capture_output=True)
+
+    let_in("right")
+    broker = private_mosquitto(f"password_file {file}", allow_anonymous=False)
+    watching = tools_for(broker.port, MQTT_USERNAME="watcher", MQTT_PASSWORD="right").start("watch")
+    watching.line("err")
+
+    broker.kill9()
+    assert "is lost" in watching.line("err")
+    let_in("other")
+    broker.start()
+    assert re.search("refuses the connection .* MQTT_PASSWORD; trying again$", watching.line("err"))
+    time.sleep(3)  # it is refused once more at least
+    broker.kill9()
+    let_in("right")
+    broker.start()
+
+    assert watching.line("err", 25).startswith("connected again;")
 
 
 def test_the_command_that_it_prints_finds_what_happened_before_it_noticed_the_loss(tools_for, mosquitto, tools):
