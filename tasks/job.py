@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from celery import Task
 from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 
-from db.records import Closed, Decision, Event, Holder, Liveness, NewJob, Row, Status
+from db.records import Claim, Closed, Decision, Event, Holder, Liveness, NewJob, Row, Status
 from tasks import remedy
 from tasks.arguments import Arguments, named
 from tasks.errors import (
@@ -78,54 +78,75 @@ class Job(Task):
     Request = "tasks.request:JobRequest"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Claim the job, run the body, and turn a transient error into a retry."""
+        """Claim the job, run the body, and tell Celery what becomes of its errors: of a transient one a retry."""
+        if self.request.called_directly:
+            return super().__call__(*args, **kwargs)
         if not self._has_row:
-            return super().__call__(*args, **kwargs) if self.request.called_directly else self.run(*args, **kwargs)
-        waited_before_s = self.app.waited_s
+            return self.run(*args, **kwargs)
+        self._claim(args, kwargs)
         try:
-            self._claim(args, kwargs)
-        except SoftTimeLimitExceeded as exc:  # while it waited for the database: the job has not begun
-            raise Reject(str(exc), requeue=True) from exc
-        try:
-            result = self._call_body(args, kwargs)
-            if self.request.chain or self.request.callbacks:
-                self.confirm()  # Celery sends what follows before the completion is written
-            return result
-        except AttemptLost as exc:
-            logger.warning("%s[%s]: %s", self.name, self.request.id, exc)
-            raise Ignore(str(exc)) from exc
-        except Ignore as exc:
-            if self._owns():  # it has neither replaced itself nor lost its job: nobody else ends the row
-                self.backend.mark_as_revoked(self.request.id, f"ignored: {exc}", request=self.request)
-            raise
-        except Reject as exc:
-            raise self._rejected(exc) from exc
-        except Retry as exc:
-            if not self.request.is_eager and self._owns():  # raised by hand: nobody has queued it again
-                raise PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)") from exc
-            raise
-        except SoftTimeLimitExceeded as exc:
-            if self.app.waited_s - waited_before_s > OUTAGE_S:
-                raise self._rejected(Reject("its time went by in waiting for the job database", requeue=True)) from exc
-            error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
-            if not self.retry_on_timeout or self.request.is_eager:
-                raise error from exc
-            raise self.retry(exc=error, countdown=remedy.delay_s(error, self.request.retries)) from exc
-        except MemoryError as exc:  # Celery's main process would take it for its own
-            raise OutOfMemory(f"{self.name} ran out of memory; give it a smaller input, or the worker more") from exc
+            return self._call_body(args, kwargs)
         except Exception as exc:
-            if self.request.is_eager or not remedy.is_transient(exc):
+            verdict = self._verdict(exc)
+            if verdict is exc:
                 raise
-            raise self.retry(exc=exc, countdown=remedy.delay_s(exc, self.request.retries)) from exc
+            raise verdict from exc
 
     def _call_body(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run it with absolute paths; while it runs, a soft time limit has somebody to interrupt."""
         bound = self.arguments.bind_absolute(args, kwargs)
         self.request.is_in_body = True
         try:
-            return self.run(*bound.args, **bound.kwargs)
+            result = self.run(*bound.args, **bound.kwargs)
         finally:
             self.request.is_in_body = False
+        if self.request.chain or self.request.callbacks:
+            self.confirm()  # Celery sends what follows before the completion is written
+        return result
+
+    def _verdict(self, exc: Exception) -> Any:
+        """What Celery is told of an error of the body: the error itself or another one, a retry, or `Ignore` where the
+        row has moved on.
+        """
+        match exc:
+            case AttemptLost():
+                logger.warning("%s[%s]: %s", self.name, self.request.id, exc)
+                return Ignore(str(exc))
+            case Ignore():
+                if self._owns():  # it has neither replaced itself nor lost its job: nobody else ends the row
+                    self.backend.mark_as_revoked(self.request.id, f"ignored: {exc}", request=self.request)
+                return exc
+            case Reject():
+                reason = f"rejected: {exc.reason}"
+                return self._given_back(reason) if exc.requeue else PermanentError(reason)
+            case Retry():
+                if self.request.is_eager or not self._owns():  # it is queued again
+                    return exc
+                return PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)")
+            case SoftTimeLimitExceeded():
+                if self.app.waited_s - self.request.waited_before_s > OUTAGE_S:
+                    return self._given_back("its time went by in waiting for the job database")
+                error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
+                return self._retried(error) if self.retry_on_timeout else error
+            case MemoryError():  # Celery's main process would take it for its own
+                return OutOfMemory(f"{self.name} ran out of memory; give it a smaller input, or the worker more")
+        return self._retried(exc) if remedy.is_transient(exc) else exc
+
+    def _retried(self, exc: Exception) -> Any:
+        """The retry that is on its way; the error itself after the last one, or in an eager run, which has no later."""
+        if self.request.is_eager:
+            return exc
+        return self.retry(exc=exc, countdown=remedy.delay_s(exc, self.request.retries), throw=False)
+
+    def _given_back(self, reason: str) -> Any:
+        """The attempt ends without fault of the job, which is queued again; an eager run has nobody to be given to."""
+        request, close = self.request, self.app.store.close
+        if request.is_eager:
+            return PermanentError(reason)
+        self.app.patiently(
+            lambda: close(request.id, request.attempt, event=Event.RELEASED, reason=reason, is_death=False)
+        )
+        return Ignore("it was given back")
 
     def progress(self, percent: float, stage: str | None = None) -> None:
         """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write.
@@ -176,18 +197,6 @@ class Job(Task):
         """
         if self._has_row and not self._owns():
             raise AttemptLost(f"attempt {self.request.attempt} no longer owns the job; its output is dropped")
-
-    def _rejected(self, exc: Reject) -> Exception:
-        """What a body's `Reject` comes to: a job that is given back is queued again, without fault; any other fails."""
-        request, reason = self.request, f"rejected: {exc.reason}"
-        if not exc.requeue or request.is_eager:
-            return PermanentError(reason)
-        close = self.app.store.close
-        self.app.patiently(
-            lambda: close(request.id, request.attempt, event=Event.RELEASED, reason=reason, is_death=False)
-        )
-        given_back: Exception = Ignore("it was given back")
-        return given_back
 
     @property
     def _has_row(self) -> bool:
@@ -276,7 +285,9 @@ class Job(Task):
     # The guard
 
     def _eager_publication(self) -> int:
-        """Of a run in the caller's process: its row's. A retry there comes inside of the attempt that asked for it."""
+        """The publication under which `apply()` runs a job in the caller's process, where no message says it: that of
+        its row, if it has one. A retry is such a run inside of the attempt that asks for it, which is ended here.
+        """
         store, request = self.app.store, self.request
         row = store.job(request.id)
         if row is None:
@@ -298,7 +309,24 @@ class Job(Task):
         return job_of_request(self, self.request, args, kwargs)
 
     def _claim(self, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Take the job for this attempt, or raise `Ignore`; its fencing token goes into the request."""
+        """Take the job for this attempt; its fencing token goes into the request.
+
+        Raises:
+            Ignore: The message is to have no effect.
+            WorkerLost: The job was running on too many workers that died.
+            Reject: A soft time limit struck while this waited for the database: the job has not begun.
+        """
+        self.request.waited_before_s = self.app.waited_s
+        try:
+            claim = self._ask_for_it(args, kwargs)
+            if claim.decision in (Decision.RUN, Decision.POISON):
+                self._begin(claim, args, kwargs)
+            else:
+                self._pass_by(claim)
+        except SoftTimeLimitExceeded as exc:
+            raise Reject(str(exc), requeue=True) from exc
+
+    def _ask_for_it(self, args: Any, kwargs: Mapping[str, Any]) -> Claim:
         request, app = self.request, self.app
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
         asked_at = time.monotonic()
@@ -308,7 +336,7 @@ class Job(Task):
                 app.leases.interrupted()
             return app.leases.judge(holder)
 
-        claim = app.patiently(
+        return app.patiently(
             lambda: app.store.claim(
                 request.id,
                 unknown=lambda: self._unknown_job(args, kwargs),
@@ -320,20 +348,23 @@ class Job(Task):
                 max_deaths=app.settings.max_deaths,
             )
         )
-        if claim.decision in (Decision.RUN, Decision.POISON):
-            request.attempt = claim.attempt
-            request.claimed_at = time.monotonic()
-            if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
-                remove_temp_files(self, (args, kwargs), request.id, up_to=claim.attempt - 1)
+
+    def _begin(self, claim: Claim, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self.request.attempt = claim.attempt
+        self.request.claimed_at = time.monotonic()
+        if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
+            remove_temp_files(self, (args, kwargs), self.request.id, up_to=claim.attempt - 1)
         if claim.decision is Decision.POISON:
-            raise poisoned(claim.deaths, app.settings.max_deaths)
-        if claim.decision is Decision.COMPLETED and request.chord:
+            raise poisoned(claim.deaths, self.app.settings.max_deaths)
+
+    def _pass_by(self, claim: Claim) -> NoReturn:
+        request, decision = self.request, claim.decision
+        if decision is Decision.COMPLETED and request.chord:  # whoever completed it may have died before it told that
             self.backend.on_chord_part_return(request, "SUCCESS", None, is_again=True)
-            app.store.settle(request.id)
-        if claim.decision is not Decision.RUN:
-            held = f" by {claim.holder}" if claim.holder else ""
-            logger.info("%s[%s] not run: %s%s", self.name, request.id, claim.decision.value, held)
-            raise Ignore(claim.decision.value)
+            self.app.store.settle(request.id)
+        held = f" by {claim.holder}" if claim.holder else ""
+        logger.info("%s[%s] not run: %s%s", self.name, request.id, decision.value, held)
+        raise Ignore(decision.value)
 
 
 def poisoned(deaths: int, max_deaths: int) -> WorkerLost:

@@ -21,9 +21,6 @@ class Clock:
     def __init__(self) -> None:
         self._ahead_s = 0.0
 
-    def time(self) -> float:
-        return time.time() + self._ahead_s
-
     def monotonic(self) -> float:
         return time.monotonic() + self._ahead_s
 

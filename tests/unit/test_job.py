@@ -129,6 +129,18 @@ def test_a_transient_error_lets_the_job_rest_until_its_retry(producer, task, tmp
     assert messages(producer, "recover") == []
 
 
+def test_a_transient_error_of_the_last_attempt_fails_the_job_with_it(producer, task, tmp_path):
+    job = task.recover.delay(str(tmp_path / "runs"))
+
+    assert run(task.recover, job.id, str(tmp_path / "runs"), publication=1, retries=2) == "FAILURE"
+    row = producer.row(job)
+    assert (row["status"], row["error_type"], row["error_message"]) == (
+        "failed",
+        "TransientError",
+        "the network is away, run 1",
+    )
+
+
 @pytest.mark.parametrize("name", ["be_limited", "be_limited_by_http"])
 @pytest.mark.parametrize(("said_s", "rests_s"), [(90, 90), (7200, 600)])
 def test_a_job_rests_for_as_long_as_a_server_wants_to_be_left_alone(producer, task, name, said_s, rests_s):
