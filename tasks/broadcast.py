@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tasks.duty import Duty
 from tasks.heartbeat import slots
-from tasks.relay import IDLE_S, Relay
+from tasks.relay import Relay
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -131,13 +131,13 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
     def _round(self) -> None:
         self._poll.clear()
         began = time.monotonic()
-        wait_s = self._relay.round()
+        pause = self._relay.round()
         self._is_silent = False
-        if wait_s >= IDLE_S:
-            self._poll.wait(wait_s)
-        elif wait_s:
+        if pause.ends_early:
+            self._poll.wait(pause.seconds)
+        elif pause.seconds:
             # Costs a third of a wait that can be ended. Rounds keep their pace, however much there is to tell.
-            time.sleep(max(began + wait_s - time.monotonic(), SHORTEST_REST_S))
+            time.sleep(max(began + pause.seconds - time.monotonic(), SHORTEST_REST_S))
 
     def _tell_the_rest(self) -> None:
         deadline = time.monotonic() + LAST_EVENTS_WITHIN_S

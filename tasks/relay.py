@@ -11,6 +11,7 @@ How far running jobs are is told twice a second, unconfirmed.
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from db.records import Row
@@ -23,17 +24,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is written between two looks is told at once: a look costs as much as three events.
-POLL_S: Final = 0.04
-POLL_S_WHEN_IDLE: Final = 0.07
 IDLE_AFTER_S: Final = 1.0
-IDLE_S: Final = 1.0
-LOOK_AT_DUTY_S: Final = 5.0
+# There may be something to tell that `Store.news` did not show.
+LOOK_EVERY_S: Final = 1.0
+LOOK_AT_DUTY_EVERY_S: Final = 5.0
 PROGRESS_EVERY_S: Final = 0.5
 # What was told since the last time is told again after a relay's death.
 RECORD_EVERY_S: Final = 1.0
 MOST_GAPS: Final = 500
 NOT_RISEN: Final = (0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """When the next round is to begin: so long after this one has. One that ends early does so when the sink has
+    confirmed all, or opens.
+    """
+
+    seconds: float
+    ends_early: bool = False
+
+
+NO_PAUSE: Final = Pause(0.0)
+# What is written between two looks is told at once: a look costs as much as three events.
+WHILE_BUSY: Final = Pause(0.04)
+WHILE_IDLE: Final = Pause(0.07)
+UNTIL_NEEDED: Final = Pause(1.0, ends_early=True)
 
 
 class Sink(Protocol):
@@ -71,7 +87,7 @@ class Relay:
         self._app: Final = app
         self._sink: Final = sink
         self._duty: Final = duty
-        self._look_at_duty = self._look_at_progress = self._look_anyway = self._record_at = self._idle_at = 0.0
+        self._duty_due = self._progress_due = self._look_due = self._record_due = self._busy_until = 0.0
         self._has_begun = False
         self._news: object = None
         self._looks = 0
@@ -89,25 +105,24 @@ class Relay:
             self._app.store.begin_relay(self._duty.name)
             self._has_begun = True
 
-    def round(self) -> float:
-        """Tell what there is to tell; seconds from its begin to that of the next one.
-
-        A wait of IDLE_S ends when the sink has confirmed all, or opens.
+    def round(self) -> Pause:
+        """Tell what there is to tell; when to come again. Raises what the store raises: the next round makes up for it,
+        and may tell again what it has told.
         """
         self.begin()
         if not self._sink.is_open:
             self.leave()
-            return IDLE_S
+            return UNTIL_NEEDED
         if self._sink.unconfirmed:
-            return IDLE_S
+            return UNTIL_NEEDED
         if not self._keeps_duty():
-            return IDLE_S
+            return UNTIL_NEEDED
         self._record(at_once=False)
         if self._log is None:
-            return IDLE_S
+            return UNTIL_NEEDED
         if self._has_news(self._log):
             return self._tell(self._log)
-        return POLL_S if time.monotonic() < self._idle_at else POLL_S_WHEN_IDLE
+        return WHILE_BUSY if time.monotonic() < self._busy_until else WHILE_IDLE
 
     def leave(self) -> None:
         """Let another worker have the duty. What the sink's receiver has refused is told from the log again, by whoever
@@ -117,18 +132,18 @@ class Relay:
             if not self._sink.unconfirmed:
                 self._record()
             self._log = None
-            self._look_at_duty = 0.0
+            self._duty_due = 0.0
             self._duty.leave()
         if self._sink.take_back():
             self._told = None
 
     def _keeps_duty(self) -> bool:
-        if self._log is not None and time.monotonic() < self._look_at_duty:
+        if self._log is not None and time.monotonic() < self._duty_due:
             return True
         if not self._duty.is_held():
             self._log = None
             return False
-        self._look_at_duty = time.monotonic() + LOOK_AT_DUTY_S
+        self._duty_due = time.monotonic() + LOOK_AT_DUTY_EVERY_S
         if self._log is None:
             self._record()
             position = self._app.store.relay_position(self._duty.name, self._app.leases.mine)
@@ -136,15 +151,15 @@ class Relay:
                 return False
             logger.info("this worker tells the events of all jobs, from log row %d on", position + 1)
             self._log = LogReader(self._app.store, position)
-            self._look_anyway = 0.0
+            self._look_due = 0.0
         return True
 
     def _record(self, *, at_once: bool = True) -> None:
         """Keep how far the sink has confirmed: once a second, since each time is a transaction."""
         position, at = self._told, time.monotonic()
-        if position is None or (at < self._record_at and not at_once):
+        if position is None or (at < self._record_due and not at_once):
             return
-        self._record_at = at + RECORD_EVERY_S
+        self._record_due = at + RECORD_EVERY_S
         if not self._app.store.relay_reached(self._duty.name, self._app.leases.mine, position):
             self._log = None
         self._told = None
@@ -157,15 +172,15 @@ class Relay:
         news, at = self._app.store.news(), time.monotonic()
         if news is None or news != self._news:
             self._news, self._looks = news, 2
-            self._idle_at = at + IDLE_AFTER_S
-        is_rising = self._risen and at >= self._look_at_progress
-        if not (self._looks or log.has_gaps or is_rising or at >= self._look_anyway):
+            self._busy_until = at + IDLE_AFTER_S
+        is_rising = self._risen and at >= self._progress_due
+        if not (self._looks or log.has_gaps or is_rising or at >= self._look_due):
             return False
         self._looks = max(self._looks - 1, 0)
-        self._look_anyway = at + IDLE_S
+        self._look_due = at + LOOK_EVERY_S
         return True
 
-    def _tell(self, log: "LogReader") -> float:
+    def _tell(self, log: "LogReader") -> Pause:
         rising = self._rising()
         position = log.position
         rows = log.read(self._sink.window)
@@ -173,16 +188,16 @@ class Relay:
         if log.position != position:
             self._told = log.position
         if len(rows) == self._sink.window:
-            self._look_anyway = 0.0  # there is more, whether something new is committed or not
-            return 0.0
+            self._look_due = 0.0  # there is more, whether something new is committed or not
+            return NO_PAUSE
         self._mention(rising, {row["job_id"]: row["sequence"] for row in rows})
-        return POLL_S
+        return WHILE_BUSY
 
     def _rising(self) -> Sequence[Row]:
         """The jobs that have said how far they are, when it is time to tell that."""
-        if time.monotonic() < self._look_at_progress:
+        if time.monotonic() < self._progress_due:
             return ()
-        self._look_at_progress = time.monotonic() + PROGRESS_EVERY_S
+        self._progress_due = time.monotonic() + PROGRESS_EVERY_S
         rising = self._app.store.rising()
         self._risen = {row["job_id"]: self._risen.get(row["job_id"], NOT_RISEN) for row in rising}
         return rising
@@ -220,7 +235,7 @@ class LogReader:
     def read(self, limit: int) -> list[Row]:
         """The next rows by id; rows that were missing come first."""
         writers = self._store.log_writers() if self._missing else frozenset()
-        after = self._top if len(self._missing) < MOST_GAPS else 2**62
+        after = self._top if len(self._missing) < MOST_GAPS else None
         rows = self._store.changes(after, list(self._missing), limit=limit, result_bytes=LONGEST_RESULT_BYTES)
         found = [row["id"] for row in rows]
         is_all = len(rows) < limit

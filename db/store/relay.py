@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import Text, bindparam, case, cast, func, or_, select, text, update
+from sqlalchemy import ColumnElement, Text, bindparam, case, cast, false, func, or_, select, text, update
 
 from db.models import duties, task_logs, task_queue
 from db.records import Event, Row, now
@@ -110,17 +110,22 @@ class Relaying(Part):
         with self._changing() as connection:
             return connection.execute(moved).rowcount == 1
 
-    def changes(self, after: int, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int) -> list[Row]:
-        """Log rows after a position, and those that came to be seen in the `missing` ranges of ids, in order.
+    def changes(
+        self, after: int | None, missing: Sequence[tuple[int, int]], *, limit: int, result_bytes: int
+    ) -> list[Row]:
+        """Log rows after a position, if one is given, and those that are to be seen in the `missing` ranges of ids, in
+        order.
 
         Rows of workers have no job_id. `result` is the JSON text of a completed job's result; empty, with
         `is_truncated`, if it is longer than `result_bytes`.
         """
         bound = {"b_limit": limit, "b_result_bytes": result_bytes}
-        if not missing:
+        if not missing and after is not None:
             return self._rows(_CHANGES_AFTER, {**bound, "b_after": after})
-        ranges = [_log.id.between(first, last) for first, last in missing]
-        return self._rows(_CHANGES.where(or_(_log.id > after, *ranges)), bound)
+        wanted: list[ColumnElement[bool]] = [_log.id.between(first, last) for first, last in missing]
+        if after is not None:
+            wanted.append(_log.id > after)
+        return self._rows(_CHANGES.where(or_(false(), *wanted)), bound)
 
     def news(self) -> object:
         """What differs from the last answer if log rows were committed since.

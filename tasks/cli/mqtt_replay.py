@@ -136,7 +136,7 @@ def _of_job(app: "MediaTasks", job_id: str) -> Iterator[Mapping[str, Any]]:
     """The log rows of one job, in order, as the relay reads them."""
     ids = [log["id"] for log in app.store.logs(job_row(app.store, job_id)["job_id"])]
     for start in range(0, len(ids), PAGE):
-        yield from _changes(app, 2**62, [(row_id, row_id) for row_id in ids[start : start + PAGE]])
+        yield from _changes(app, None, [(row_id, row_id) for row_id in ids[start : start + PAGE]])
 
 
 def _since(app: "MediaTasks", since: datetime) -> Iterator[Mapping[str, Any]]:
@@ -165,7 +165,7 @@ def _last_before(app: "MediaTasks", at: datetime) -> int:
 
 
 def _changes(
-    app: "MediaTasks", after: int, ids: Sequence[tuple[int, int]] = (), *, limit: int = PAGE
+    app: "MediaTasks", after: int | None, ids: Sequence[tuple[int, int]] = (), *, limit: int = PAGE
 ) -> "Sequence[Row]":
     from tasks.sinks.events import LONGEST_RESULT_BYTES
 

@@ -14,7 +14,7 @@ from db.records import Failure, Fence, NewJob, Status
 from tasks import control
 from tasks.broadcast import Broadcast
 from tasks.duty import Duty
-from tasks.relay import Relay
+from tasks.relay import NO_PAUSE, UNTIL_NEEDED, WHILE_BUSY, WHILE_IDLE, Relay
 
 
 class Recorder:
@@ -138,7 +138,7 @@ def test_no_more_than_the_window_is_told_at_a_time(relay, store, sink):
     relay.round()
     assert len(sink.taken()) == 10
     sink.confirm()
-    assert relay.round() == 0.0
+    assert relay.round() == NO_PAUSE
     assert len(sink.taken()) == 10
     sink.confirm()
     relay.round()
@@ -449,21 +449,47 @@ class TestNews:
 
     def test_after_a_commit_it_looks_twice(self, relay, store, sink, monkeypatch):
         go(relay, sink)
-        relay._record_at = float("inf")  # else its own commit is news, too
+        relay._record_due = float("inf")  # else its own commit is news, too
         store.log_worker("w", "started", "no event, so nothing has to be confirmed")
 
         assert self.looks(relay, store, monkeypatch) == 2
 
     def test_it_looks_once_a_second_all_the_same(self, relay, store, sink, monkeypatch):
         go(relay, sink)
-        relay._look_anyway = 0.0
+        relay._look_due = 0.0
 
         assert self.looks(relay, store, monkeypatch) == 1
 
     def test_an_idle_one_goes_round_less_often(self, relay, store, sink):
         enqueue(store, "a")
         go(relay, sink)
-        busy = relay.round()
-        relay._idle_at = 0.0
+        assert relay.round() == WHILE_BUSY
 
-        assert busy < relay.round() < 0.1
+        relay._busy_until = 0.0
+
+        assert relay.round() == WHILE_IDLE
+        assert WHILE_BUSY.seconds < WHILE_IDLE.seconds < 0.1
+
+
+class TestPauses:
+    """Who has to wait for the sink is woken by it."""
+
+    def test_without_a_sink(self, relay, sink):
+        sink.is_open = False
+
+        assert relay.round() == UNTIL_NEEDED
+
+    def test_until_all_is_confirmed(self, relay, store, sink):
+        enqueue(store, "a")
+        relay.round()
+
+        assert relay.round() == UNTIL_NEEDED
+        sink.confirm()
+        assert relay.round() == WHILE_BUSY
+
+    def test_while_another_worker_relays(self, relay, store, producer):
+        relay.leave()
+        store.renew_lease("other", "other", "another host")
+        store.take_duty("relay", "other", after=None)
+
+        assert relay.round() == UNTIL_NEEDED
