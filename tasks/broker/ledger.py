@@ -4,9 +4,9 @@ In: a Celery app's broker connection. Out: counts and ids. Only the embedded bro
 Redis count those that no consumer has reserved.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal
 
 from kombu.exceptions import ChannelError
 
@@ -16,39 +16,21 @@ from tasks.broker.messages import Addressed, MessageStore
 IN_ONE_LOOK: Final = 1000
 
 
-class Ledger(Protocol):
-    """What can be asked of a broker."""
-
-    @property
-    def names_messages(self) -> bool:
-        """Whether it can tell of which jobs its messages are."""
-
-    def ready(self, queue: str) -> int:
-        """Messages of a queue that no consumer has reserved."""
-
-    def held(self, ids: Sequence[str]) -> set[str] | None:
-        """Those task ids of which the broker has a message, reserved or not; None if it can't tell."""
-
-    def pages(self) -> Iterator[Sequence[Addressed]]:
-        """All messages that carry a task id, reserved or not, some at a time; none if it can't tell."""
-
-
 class EmbeddedLedger:
     """The embedded broker's file, asked directly. A file that is missing holds nothing, and is not made."""
 
-    names_messages: Final = True
+    names_messages: Final[Literal[True]] = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._store = MessageStore(path)
 
-    def ready(self, queue: str) -> int:
-        return (self._store.size(queue) or 0) if self._is_open() else 0
-
-    def held(self, ids: Sequence[str]) -> set[str] | None:
+    def held(self, ids: Sequence[str]) -> set[str]:
+        """Those task ids of which the broker has a message, reserved or not."""
         return self._store.held(ids) if self._is_open() else set()
 
     def pages(self) -> Iterator[Sequence[Addressed]]:
+        """All messages that carry a task id, reserved or not, some at a time."""
         last = 0
         while self._is_open() and (page := self._store.addressed(last, IN_ONE_LOOK)):
             yield page
@@ -70,24 +52,31 @@ class EmbeddedLedger:
 class CountingLedger:
     """Any other broker: a passive declaration tells the number of ready messages."""
 
-    names_messages: Final = False
+    names_messages: Final[Literal[False]] = False
 
     def __init__(self, connect: Any) -> None:
         self._connect = connect
 
-    def ready(self, queue: str) -> int:
+    def ready(self, queues: Iterable[str]) -> dict[str, int]:
+        """Of each queue the messages that no consumer has reserved; 0 if there is no such queue.
+
+        Raises:
+            kombu.exceptions.OperationalError: The broker can't be reached.
+        """
+        counts = {}
         with self._connect() as connection:
             channel = connection.default_channel
-            try:
-                return int(channel.queue_declare(queue=queue, passive=True).message_count)
-            except (*connection.channel_errors, ChannelError):
-                return 0  # no such queue: no message
+            for queue in queues:
+                try:
+                    counts[queue] = int(channel.queue_declare(queue=queue, passive=True).message_count)
+                except ChannelError:  # there is no such queue: Redis keeps none that is empty
+                    counts[queue] = 0
+                except connection.channel_errors:  # RabbitMQ closes the channel that has asked for it
+                    counts[queue], channel = 0, connection.channel()
+        return counts
 
-    def held(self, ids: Sequence[str]) -> set[str] | None:  # noqa: ARG002 (it can't tell)
-        return None
 
-    def pages(self) -> Iterator[Sequence[Addressed]]:
-        yield from ()
+Ledger = EmbeddedLedger | CountingLedger
 
 
 def ledger_of(app: Any) -> Ledger:

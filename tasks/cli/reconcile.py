@@ -59,7 +59,7 @@ def reconcile(app: "MediaTasks", is_dry: bool, is_json: bool) -> None:
 def _findings(app: "MediaTasks", reconciler: "Reconciler") -> Iterator["Finding"]:
     """Every disagreement once. A worker looks through so many jobs of a queue a round; here are the rounds of all."""
     from db.records import now
-    from tasks.reconciler import IN_ONE_LOOK
+    from tasks.lost_messages import IN_ONE_LOOK
 
     seen = set()
     looks = [reconciler.findings]
@@ -113,7 +113,8 @@ def _short_queues(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
     """Queues with fewer messages than jobs, where the broker can only count."""
     from db.records import now
     from tasks.broker.ledger import ledger_of
-    from tasks.reconciler import LOOK_AGAIN_AFTER_S, SETTLED_AFTER_S
+    from tasks.lost_messages import LOOK_AGAIN_AFTER_S
+    from tasks.reconciler import SETTLED_AFTER_S
 
     published = app.store.published(now() - timedelta(seconds=SETTLED_AFTER_S))
     if not published or (ledger := ledger_of(app)).names_messages:
@@ -122,10 +123,10 @@ def _short_queues(app: "MediaTasks") -> Iterator[tuple[str, str, str]]:
     held: dict[str, int] = {}
     for row in app.store.jobs_by_id(sorted(reserved)):
         held[row["queue"]] = held.get(row["queue"], 0) + 1
+    ready = ledger.ready(published)
     for queue, jobs in published.items():
-        ready = ledger.ready(queue)
-        if ready + held.get(queue, 0) < jobs:
-            there = f"{counted(ready, 'message')} left, {held.get(queue, 0):,} reserved"
+        if ready[queue] + held.get(queue, 0) < jobs:
+            there = f"{counted(ready[queue], 'message')} left, {held.get(queue, 0):,} reserved"
             again = f"one count proves no loss; a worker counts again after {LOOK_AGAIN_AFTER_S:g} s, and mends it"
             yield "lost messages", queue, f"{counted(jobs, 'job')} published, {there}; {again}"
 

@@ -30,6 +30,8 @@ def stray_messages(app: "MediaTasks") -> Iterator[tuple[str, str]]:
     from tasks.broker.ledger import ledger_of
 
     ledger = ledger_of(app)
+    if not ledger.names_messages:
+        return
     suspects = {message.id for page in ledger.pages() for message, _ in _strays(app, page)}
     if suspects:
         time.sleep(LOOK_AGAIN_AFTER_S)
@@ -49,13 +51,16 @@ def surplus_messages(app: "MediaTasks") -> Iterator[tuple[str, str]]:
     if ledger.names_messages:
         return
     app.load_capabilities()
-    for queue in sorted({*capabilities.names(app), *app.store.queue_counts()}):
-        before = app.store.published(now()).get(queue, 0)
-        ready = ledger.ready(queue)
-        jobs = max(before, app.store.published(now()).get(queue, 0)) if ready > before else before
-        if ready > jobs:
+    queues = sorted({*capabilities.names(app), *app.store.queue_counts()})
+    published = [app.store.published(now())]
+    ready = ledger.ready(queues)
+    if any(ready[queue] > published[0].get(queue, 0) for queue in queues):  # perhaps of jobs that are newer
+        published.append(app.store.published(now()))
+    for queue in queues:
+        jobs = max(counts.get(queue, 0) for counts in published)
+        if ready[queue] > jobs:
             rest = "the rest are of jobs that have ended or moved on, and are dropped when a worker takes them"
-            text = f"{counted(ready, 'message')} ready, {counted(jobs, 'job')} published; {rest}"
+            text = f"{counted(ready[queue], 'message')} ready, {counted(jobs, 'job')} published; {rest}"
             yield queue, f"{text}, or have no row yet (another client's, ENQUEUE=broker)"
 
 

@@ -54,7 +54,7 @@ def leases_of_its_own() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Puts the clock of who judges others, and of the guard, forward: `clock.pass_s(10)`."""
     clock = Clock()
-    for module in ("tasks.reconciler", "tasks.leases", "tasks.job"):
+    for module in ("tasks.reconciler", "tasks.lost_messages", "tasks.leases", "tasks.job"):
         monkeypatch.setattr(f"{module}.time", clock)
     return clock
 
@@ -64,7 +64,7 @@ def reconciler(producer: Deployment, clock: Clock) -> Iterator[Reconciler]:
     """The parts of a reconciler, to be called directly; `clock` is its clock."""
     reconciler = Reconciler(producer.app)
     yield reconciler
-    store: Any = getattr(reconciler._ledger, "_store", None)
+    store: Any = getattr(reconciler._lost_messages._ledger, "_store", None)
     if store is not None:
         store.close()
 

@@ -204,9 +204,53 @@ def test_a_broker_file_that_can_not_be_read_is_named_and_one_that_is_missing_hol
 @pytest.mark.parametrize(("broker", "is_named"), [("", True), ("memory://", False)])
 def test_only_the_embedded_broker_names_its_messages(server_dir, tmp_path, broker, is_named):
     with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": broker} if broker else {}) as deployment:
-        ledger = ledger_of(deployment.app)
+        assert ledger_of(deployment.app).names_messages is is_named
+        assert list(strays.stray_messages(deployment.app)) == []
 
-        assert (ledger.names_messages, list(ledger.pages())) == (is_named, [])
+
+@pytest.mark.parametrize("broker", ["rabbitmq", "redis"])
+def test_messages_of_all_queues_are_counted_on_one_connection_also_behind_a_queue_that_is_missing(
+    request, server_dir, tmp_path, monkeypatch, broker
+):
+    url = request.getfixturevalue(f"fresh_{broker}_url")
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": url}) as deployment:
+        connections, connect = [], deployment.app.connection_for_read
+        for n in range(2):
+            deployment.task.add.delay(n, n)
+        deployment.task.fail.delay()
+        ledger = ledger_of(deployment.app)
+        monkeypatch.setattr(ledger, "_connect", lambda: connections.append(connect()) or connections[-1])
+
+        assert ledger.ready(["nowhere", "add", "elsewhere", "fail"]) == {
+            "nowhere": 0,
+            "add": 2,
+            "elsewhere": 0,
+            "fail": 1,
+        }
+        assert len(connections) == 1
+
+
+@pytest.mark.parametrize("submitted_meanwhile", [0, 1, 2])
+def test_a_queue_with_more_messages_than_jobs_is_said_of_rows_that_were_read_before_and_after(
+    app, add, monkeypatch, submitted_meanwhile
+):
+    add.delay(1, 1)
+    reads, published = [], app.store.published
+
+    class Ledger(Counting):
+        def ready(self, queues):
+            for n in range(submitted_meanwhile):
+                add.delay(n, n)
+            return dict.fromkeys(queues, 0) | {"add": 2}
+
+    monkeypatch.setattr("tasks.broker.ledger.ledger_of", lambda _app: Ledger(0))
+    monkeypatch.setattr(app.store, "published", lambda before: reads.append(1) or published(before))
+
+    found = list(strays.surplus_messages(app))
+
+    assert [queue for queue, _ in found] == ([] if submitted_meanwhile else ["add"])
+    assert all(text.startswith("2 messages ready, 1 job published; ") for _, text in found)
+    assert len(reads) == 2  # however many queues there are
 
 
 # Overdue jobs
@@ -239,20 +283,20 @@ def test_only_jobs_that_rest_beyond_their_time_in_a_queue_that_is_not_paused_are
 class Counting:
     """A broker that only counts."""
 
+    names_messages = False
+
     def __init__(self, ready):
         self.count = ready
 
-    def ready(self, queue):
-        return self.count
-
-    def held(self, ids):
-        return None
+    def ready(self, queues):
+        return dict.fromkeys(queues, self.count)
 
 
 @pytest.fixture
 def counting(reconciler):
-    reconciler._ledger = Counting(0)
-    return reconciler._ledger
+    counting = Counting(0)
+    reconciler._lost_messages._ledger = counting
+    return counting
 
 
 def found(reconciler):
@@ -391,7 +435,7 @@ def test_a_message_that_was_sent_late_is_overtaken_by_jobs_that_came_after_it(ap
 def test_more_lost_messages_than_one_look_takes_are_all_found_in_the_end(
     app, reconciler, counting, clock, add, monkeypatch
 ):
-    monkeypatch.setattr("tasks.reconciler.IN_ONE_LOOK", 2)
+    monkeypatch.setattr("tasks.lost_messages.IN_ONE_LOOK", 2)
     jobs = [add.delay(n, n) for n in range(5)]
     settled(app, *jobs)
 
