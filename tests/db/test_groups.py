@@ -84,6 +84,17 @@ class TestGroups:
         assert [(part.is_mine, part.is_failed) for part in parts] == [(True, True), (False, True)]
         assert parts[0].results is None
 
+    def test_a_chord_fails_for_the_member_that_ended_badly_first(self, store):
+        first, second, third = self.chord(store, 3)
+        assert store.failed_member("g") is None
+        outside = new_job(group_id="g", in_chord=False)
+        store.enqueue(outside)
+        for job, status in ((outside, Status.FAILED), (third, Status.CANCELLED), (second, Status.FAILED)):
+            store.end(job.job_id, status, LOST)
+        self.complete(store, first)
+
+        assert store.failed_member("g")["job_id"] == third.job_id
+
     def test_after_a_lost_commit_the_same_call_still_publishes_the_body(self, store, lose_commit, unavailable):
         (job,) = self.chord(store, 1)
         store.set_chord_size("g", 1)

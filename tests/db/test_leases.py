@@ -120,6 +120,23 @@ class TestLeases:
         assert found == {cancelled.job_id}
         assert store.cancelled_of([]) == set()
 
+    def test_jobs_that_were_cancelled_under_a_lease_are_found(self, store):
+        jobs = {name: new_job() for name in ("cancelled", "of another lease", "failed", "never ran")}
+        for name, job in jobs.items():
+            store.enqueue(job)
+            if name != "never ran":
+                lease = "another" if name == "of another lease" else "lease"
+                store.renew_lease(lease, "worker-1", "host-1")
+                claim(store, job, "worker-1", lease=lease)
+            status = Status.FAILED if name == "failed" else Status.CANCELLED
+            store.end(job.job_id, status, LOST)
+        active = new_job()
+        store.enqueue(active)
+        claim(store, active, "worker-1", lease="lease")
+        holders = {holder.lease: holder for holder in store.holders()}
+
+        assert [row["job_id"] for row in store.cancelled_under(holders["lease"])] == [jobs["cancelled"].job_id]
+
 
 class TestLostWorkers:
     def test_a_lost_worker_is_shown_without_its_tasks(self, store):

@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -38,8 +37,10 @@ def started(deployment, listener, worker_id):
 
 
 def _wait_for_relay(deployment):
-    eventually(lambda: deployment.app.store.duty_holder("relay") is not None, 10, "somebody relays")
-    time.sleep(0.1)
+    def is_telling():
+        return any("this worker tells the events" in worker.log() for worker in deployment.workers)
+
+    eventually(is_telling, 10, "somebody relays")
 
 
 def test_a_job_is_told_from_its_row_to_its_result(started, listener, worker_id):
@@ -294,7 +295,7 @@ def test_the_history_of_a_deployment_that_had_no_mqtt_is_not_told(deployment, li
 def test_what_happens_while_the_broker_is_away_is_told_when_it_is_back(deploy, listen, private_mosquitto, worker_id):
     broker = private_mosquitto()
     deployment = deploy(broker.port)
-    deployment.start_worker("--concurrency=2", "-Q", "add")
+    worker = deployment.start_worker("--concurrency=2", "-Q", "add")
     listener = listen(broker.port)
     listener.wait_for_capability(worker_id)
     _wait_for_relay(deployment)
@@ -303,8 +304,10 @@ def test_what_happens_while_the_broker_is_away_is_told_when_it_is_back(deploy, l
     jobs = [deployment.task.add.delay(number, 1) for number in range(250)]
     for job in jobs:
         assert job.get(timeout=30)
+    worker.signal(signal.SIGSTOP)  # what it told before the listener is back would be heard by nobody
     broker.start()
     listener.wait_until_subscribed()
+    worker.signal(signal.SIGCONT)
 
     for job in jobs:
         listener.wait_for_change(job, "completed", 30)
