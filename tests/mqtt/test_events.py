@@ -4,12 +4,13 @@ import itertools
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 
 import pytest
+from sqlalchemy import NullPool, create_engine, text
 
+from db import schema
 from tasks import control
 from tests.acceptance.deployment import kill_pool_child_that_notes, lines
 from tests.mqtt.changes import CHANGES, check_told_as_logged
@@ -351,18 +352,29 @@ def test_a_relay_that_stops_hands_over(deployment, listener, worker_id):
     _run(deployment, listener, first.terminate)
 
 
-def test_what_is_told_is_in_the_tables_for_whoever_reads_them_then(started, listen, mosquitto, server_dir):
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_is_told_is_in_the_tables_for_whoever_reads_them_then(
+    request, deploy, listen, mosquitto, worker_id, database
+):
+    env = {"DATABASE_URL": request.getfixturevalue("fresh_postgres_url")} if database == "postgresql" else {}
+    deployment = deploy(mosquitto.port, **env)
+    if env:
+        schema.upgrade(deployment.app.store.database)
+    deployment.start_worker("--concurrency=2", "-Q", "add,fail")
+    listen(mosquitto.port).wait_for_capability(worker_id)
+    _wait_for_relay(deployment)
     untrue, times = [], itertools.count()
-    started.task.add.delay(0, 0).get(timeout=20)
-    tables = sqlite3.connect(f"file:{server_dir / 'media_store.db'}?mode=ro", uri=True, check_same_thread=False)
+    tables = _tables(deployment.app.settings.database_url)
 
     def read_now(event):
         next(times)
         logged = tables.execute(
-            "SELECT event_type, log.sequence <= job.sequence FROM task_logs log JOIN task_queue job USING (job_id)"
-            " WHERE job_id = ? AND log.sequence = ?",
-            (event["job_id"], event["sequence"]),
-        ).fetchone()
+            text(
+                "SELECT event_type, log.sequence <= job.sequence FROM task_logs log JOIN task_queue job USING (job_id)"
+                " WHERE job_id = :job_id AND log.sequence = :sequence"
+            ),
+            {name: event[name] for name in ("job_id", "sequence")},
+        ).one_or_none()
         if logged is None or (CHANGES[logged[0]], logged[1]) != ((event["event_type"], event["status"]), True):
             untrue.append((event, logged))
 
@@ -377,9 +389,8 @@ def test_what_is_told_is_in_the_tables_for_whoever_reads_them_then(started, list
         client.on_message = on_message
 
     listener = listen(mosquitto.port, setup=read_at_each_event)
-    jobs = [
-        started.task.fail.delay() if number % 5 == 0 else started.task.add.delay(number, 1) for number in range(200)
-    ]
+    task = deployment.task
+    jobs = [task.fail.delay() if number % 5 == 0 else task.add.delay(number, 1) for number in range(200)]
 
     for job in jobs:
         eventually(lambda job=job: len(listener.changes(job)) == 4, 40)
@@ -387,6 +398,13 @@ def test_what_is_told_is_in_the_tables_for_whoever_reads_them_then(started, list
     tables.close()
     assert untrue == []
     assert next(times) >= 4 * len(jobs)
+
+
+def _tables(url):
+    """A connection of its own, each of whose statements sees what is committed by then; for any one thread."""
+    options = {"connect_args": {"check_same_thread": False}} if url.startswith("sqlite") else {}
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool, **options)
+    return engine.connect()
 
 
 def test_all_is_told_on_rabbitmq_and_postgresql_although_the_relay_is_killed(
