@@ -202,9 +202,11 @@ def test_an_eager_run_that_retries_itself_goes_on_at_once(own, task, tmp_path):
     assert own.events(result.id) == ["created", "claimed", "started", *again, *again, "completed"]
 
 
-def test_a_message_of_another_client_that_is_due_later_keeps_all_that_it_asks_for(own):
+@pytest.mark.parametrize("zone", [UTC, None])
+def test_a_message_of_another_client_that_is_due_later_keeps_all_that_it_asks_for(own, zone):
     own.start_worker("--concurrency=1")
-    eta = (datetime.now(UTC) + timedelta(seconds=4)).isoformat()
+    due = datetime.now(UTC) + timedelta(seconds=4)
+    eta = due.replace(tzinfo=zone).isoformat()
     expires = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     headers = {
         "lang": "py", "task": "add", "id": "from-elsewhere", "root_id": "from-elsewhere", "retries": 0, "eta": eta,
@@ -220,7 +222,7 @@ def test_a_message_of_another_client_that_is_due_later_keeps_all_that_it_asks_fo
     eventually(lambda: own.app.store.job("from-elsewhere"), 10)
     row = own.row("from-elsewhere")
     assert (row["status"], row["published_at"], row["priority"], row["group_index"]) == ("queued", None, 9, 3)
-    assert row["expires_at"].isoformat() == expires
+    assert (row["run_after_utc"], row["expires_at"].isoformat()) == (due, expires)
     assert row["message"]["options"]["time_limit"] == 30
     assert list(own.app.control.inspect(timeout=2).scheduled().values()) == [[]], "no worker holds it in its memory"
     own.wait_for("from-elsewhere", "completed")
