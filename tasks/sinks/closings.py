@@ -1,5 +1,6 @@
 """Why a broker has closed a connection. In: when it was opened, whether anything was confirmed on it, a reason code.
-Out: a `Cause`. Mosquitto 2.0 closes without a reason in cases where others say one; then the times tell.
+Out: a `Cause`. A broker that says why is believed. Mosquitto 2.0 closes without a reason in cases where others say one;
+then the times tell.
 """
 
 import math
@@ -7,6 +8,7 @@ import time
 from enum import Enum
 from typing import Final
 
+UNSPECIFIED: Final = 0x80  # paho says so, too, if the broker has said nothing
 KEEP_ALIVE_TIMEOUT: Final = 0x8D
 SESSION_TAKEN_OVER: Final = 0x8E
 # The broker says the first. Mosquitto answers a publication with it as well, which paho does not understand: it closes.
@@ -25,7 +27,15 @@ class Cause(Enum):
     OUTAGE = "the broker or the network is away"
     SILENCE = "the broker did not answer in time"
     TOO_LARGE = "a message is above the broker's limit"
+    PERHAPS_TOO_LARGE = "a message may be above the broker's limit"
     NAMESAKE = "another client has taken the name"
+
+
+STATED: Final = {
+    KEEP_ALIVE_TIMEOUT: Cause.SILENCE,
+    SESSION_TAKEN_OVER: Cause.NAMESAKE,
+    **dict.fromkeys(TOO_LARGE, Cause.TOO_LARGE),
+}
 
 
 class Closings:
@@ -52,15 +62,21 @@ class Closings:
         """The cause of this closing, by its reason code and by those before it."""
         lived_s = time.monotonic() - self._opened_at
         self._in_a_row = 1 + (self._in_a_row if lived_s < SHORT_S else 0)
-        if code == KEEP_ALIVE_TIMEOUT:
-            return Cause.SILENCE
-        if code in TOO_LARGE or (code != SESSION_TAKEN_OVER and has_unconfirmed and self._is_at_once(lived_s)):
+        cause = self._guessed(lived_s, has_unconfirmed) if code == UNSPECIFIED else STATED.get(code, Cause.OUTAGE)
+        if cause in (Cause.TOO_LARGE, Cause.PERHAPS_TOO_LARGE):
             self._in_a_row = 0
-            return Cause.TOO_LARGE
+        return cause
+
+    def _guessed(self, lived_s: float, has_unconfirmed: bool) -> Cause:
+        if has_unconfirmed and self._is_at_once(lived_s):
+            return Cause.PERHAPS_TOO_LARGE
         is_in_a_row = self._in_a_row >= THROWN_OFF_AFTER or self.was_thrown_off_lately
-        if code == SESSION_TAKEN_OVER or (lived_s < SHORT_S and is_in_a_row):
-            return Cause.NAMESAKE
-        return Cause.OUTAGE
+        return Cause.NAMESAKE if lived_s < SHORT_S and is_in_a_row else Cause.OUTAGE
+
+    @property
+    def is_third_in_a_row(self) -> bool:
+        """Whether each of the last three connections was closed within a short time."""
+        return self._in_a_row == THROWN_OFF_AFTER
 
     def thrown_off(self) -> None:
         """The name was left to a namesake just now."""

@@ -58,7 +58,7 @@ class MqttSink:
         self._closings: Final = Closings()
         self._window = WINDOW
         self._limit: Final = Limit(settings)
-        self._is_over_limit = False
+        self._over_limit: Cause | None = None
         self._told: Final = Awaited()
         self._showing: Final = Awaited()
         self._last_told = 0
@@ -193,9 +193,9 @@ class MqttSink:
             for message in unconfirmed
             if message.topic == self._settings.mqtt_topic and self._told.may_be_one(message.mid)
         ]
-        if self._is_over_limit:
-            events = self._limit.guess(events)
-        self._is_over_limit = False
+        if self._over_limit is not None:
+            self._limit.guess(events, is_certain=self._over_limit is Cause.TOO_LARGE)
+        self._over_limit = None
         for event in events:
             self._publish(client, event)
         for message in unconfirmed:
@@ -217,10 +217,12 @@ class MqttSink:
             self._warn(trouble.no_answer(self._settings))
         elif cause is Cause.SILENCE:
             self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
-        elif cause is Cause.TOO_LARGE:
-            self._is_over_limit = True
+        elif cause in (Cause.TOO_LARGE, Cause.PERHAPS_TOO_LARGE):
+            self._over_limit = cause
         elif cause is Cause.NAMESAKE:
             self._yield_to_namesake(client)
+        elif self._closings.is_third_in_a_row:
+            logger.warning("%s again and again; its log may say why (MQTT_BROKER)", trouble.lost(self._settings, code))
         else:
             logger.info("%s; it is opened again", trouble.lost(self._settings, code))  # what prevents that is a warning
 

@@ -15,11 +15,15 @@ class Road:
     Args:
         port: Where it leads to, on this host.
         bytes_per_s: In each direction; None: as fast as it goes.
-        refuses: A connection on which this is sent is closed.
+        refuses: A connection on which this is sent is closed; it may be changed at any time.
+        says: Sent to whoever sent that, before.
     """
 
-    def __init__(self, port: int, bytes_per_s: int | None = None, refuses: bytes | None = None) -> None:
-        self._far_port, self._bytes_per_s, self._refuses = port, bytes_per_s, refuses
+    def __init__(
+        self, port: int, bytes_per_s: int | None = None, refuses: bytes | None = None, says: bytes = b""
+    ) -> None:
+        self._far_port, self._bytes_per_s, self.refuses, self._says = port, bytes_per_s, refuses, says
+        self.refusals = 0
         self._is_lost = self._is_closed = False
         self._sockets: list[socket.socket] = []
 
@@ -58,10 +62,20 @@ class Road:
             for one, other in ((near, far), (far, near)):
                 threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
 
+    def _part(self, one: socket.socket) -> None:
+        """Say why, and wait until the other side closes: what it goes on sending would wipe out what was said."""
+        one.sendall(self._says)
+        one.shutdown(socket.SHUT_WR)
+        while one.recv(20_000):
+            continue
+
     def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
         try:
-            while data := one.recv(20_000 if self._refuses else 2000):
-                if self._refuses and self._refuses in data:
+            while data := one.recv(20_000 if self.refuses else 2000):
+                if self.refuses and self.refuses in data:
+                    self.refusals += 1
+                    if self._says:
+                        self._part(one)
                     break
                 if not self._is_lost:
                     other.sendall(data)

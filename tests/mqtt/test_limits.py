@@ -1,14 +1,17 @@
 """A broker takes messages up to a limit: an event above it is told without what makes it long, and stops no other."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from tasks.sinks.events import shortened
-from tasks.sinks.limit import LEAST_BYTES, Limit
+from tasks.sinks.limit import FORGOTTEN_AFTER_S, LEAST_BYTES, Limit
 from tests.mqtt.road import Road
 from tests.mqtt.said import one_warning
 from tests.mqtt.tools import event
+from tests.tooling.waiting import eventually
 
 LONG = "x" * 20_000
 
@@ -65,19 +68,38 @@ def test_a_limit_that_is_announced_is_kept_and_forgotten_with_its_connection(lim
 def test_a_guess_halves_the_longest_event_and_is_said_once(limit, caplog):
     long, short = text("a", 4, "completed", {"result": LONG}), text("b", 1)
 
-    assert limit.guess([short, long]) == [short, long]
+    limit.guess([short, long], is_certain=True)
+
     assert limit.fitting(short) == short
     assert limit.fitting(text("c", 4, "completed", {"result": LONG[:9000]})).count("x") == 9000
     assert "x" not in limit.fitting(text("c", 4, "completed", {"result": LONG[:11_000]}))
     assert len(caplog.records) == 1
 
 
-def test_an_event_that_is_short_is_passed_over_by_itself(limit):
-    one, longer = text("a", 1), text("a" * 20, 1)
+def test_events_that_are_short_are_too_long_for_no_broker(limit, caplog):
+    events = [text("a", 1), text("a" * 20, 1)]
 
-    assert limit.guess([one, longer]) == [one]
-    assert len(longer) < LEAST_BYTES
-    assert limit.fitting(longer) == longer
+    for is_certain in (True, False):
+        limit.guess(events, is_certain=is_certain)
+
+    assert [limit.fitting(event) for event in events] == events
+    assert max(map(len, events)) < LEAST_BYTES
+    whole = text("a", 4, "completed", {"result": LONG})
+    assert limit.fitting(whole) == whole
+    (record,) = caplog.records
+    assert "its log may say why" in record.getMessage()
+
+
+@pytest.mark.parametrize("is_certain", [True, False])
+def test_a_guess_after_a_closing_without_a_word_is_forgotten(limit, monkeypatch, is_certain):
+    whole = text("a", 4, "completed", {"result": LONG})
+    limit.guess([whole], is_certain=is_certain)
+    assert limit.fitting(whole) != whole
+
+    later = time.monotonic() + FORGOTTEN_AFTER_S
+    monkeypatch.setattr("tasks.sinks.limit.time", SimpleNamespace(monotonic=lambda: later))
+
+    assert (limit.fitting(whole) == whole) is not is_certain
 
 
 # With brokers
@@ -129,3 +151,28 @@ def test_a_broker_that_closes_without_a_word_over_a_long_event(deploy, listen, p
         listener.wait_for_capability(worker_id)
 
         assert "too long" in check_stream(deployment, listener, worker, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("says", [b"", bytes([0xE0, 2, 0x96, 0])], ids=["nothing", "message rate too high"])
+def test_short_events_are_all_told_however_often_the_connection_is_closed_over_them(
+    deploy, listen, private_mosquitto, prefix, worker_id, says
+):
+    broker = private_mosquitto()
+    with Road(broker.port, says=says) as road:
+        deployment = deploy(road.port)
+        worker = deployment.start_worker("--concurrency=2", "-Q", "add")
+        listener = listen(broker.port)
+        listener.wait_for_capability(worker_id)
+        listener.wait_for_change(deployment.task.add.delay(1, 2), "completed")
+
+        road.refuses = f"{prefix}/events".encode()
+        jobs = [deployment.task.add.delay(number, 1) for number in range(5)]
+        eventually(lambda: road.refusals >= 5, 20)
+        assert [job.get(timeout=20) for job in jobs] == [1, 2, 3, 4, 5]
+        road.refuses = None
+
+        for job in jobs:
+            listener.wait_for_change(job, "completed", 40)
+            assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+        assert "again and again" in one_warning(worker, quiet_s=1)
