@@ -18,7 +18,7 @@ from sqlalchemy import Connection, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import sqlite
-from db.errors import explained, is_transient
+from db.errors import as_database_error, is_transient
 from db.postgres import PostgresPool
 from db.sqlite import SqliteFile
 
@@ -115,7 +115,7 @@ class Database:
                 finally:
                     here.connection, here.is_in_transaction = outer
         except (SQLAlchemyError, sqlite3.Error) as exc:
-            clear = explained(exc, str(self.path or self))
+            clear = as_database_error(exc, str(self.path or self))
             if clear is exc:
                 raise
             if self.is_sqlite:

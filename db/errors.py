@@ -46,7 +46,7 @@ _POSTGRES_REFUSED: Final = ("authentication failed", "no password supplied", "no
 _POSTGRES_MISSING: Final = re.compile('database ".*" does not exist')
 
 
-def explained(exc: Exception, database: str) -> Exception:
+def as_database_error(exc: Exception, database: str) -> Exception:
     """`exc` as DatabaseUnavailable or DatabaseUnusable, or as it is if it is neither (a bug, a constraint)."""
     if isinstance(exc, (DatabaseUnavailable, DatabaseNotReady)):
         return exc

@@ -10,7 +10,7 @@ from sqlalchemy import func, select, text
 
 from db import schema
 from db.engine import Database
-from db.errors import explained
+from db.errors import as_database_error
 from db.models import metadata
 from tasks.errors import DatabaseNotReady
 
@@ -50,7 +50,7 @@ def pragmas(database: Database) -> dict[str, str]:
 def checkpoint(database: Database) -> tuple[int, int]:
     """Move the log into the file. Returns the pages moved and those left, which a reader still holds."""
     path = _require_sqlite(database, "PostgreSQL checkpoints by itself")
-    with _explained(path), closing(sqlite3.connect(path, timeout=5)) as connection:
+    with _as_database_errors(path), closing(sqlite3.connect(path, timeout=5)) as connection:
         # TRUNCATE reports an empty log, so the pages are counted before.
         _is_busy, in_log, moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -61,7 +61,7 @@ def vacuum(database: Database) -> tuple[int, int]:
     """Give free pages back. Returns the file's bytes before and after."""
     path = _require_sqlite(database, "PostgreSQL vacuums by itself; see autovacuum")
     before = path.stat().st_size
-    with _explained(path), closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
+    with _as_database_errors(path), closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
         connection.executescript("PRAGMA incremental_vacuum")  # execute() would end it after its first page
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return before, path.stat().st_size
@@ -93,11 +93,11 @@ def _require_sqlite(database: Database, remedy: str) -> Path:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _as_database_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as exc:
-        raise explained(exc, str(path)) from exc
+        raise as_database_error(exc, str(path)) from exc
 
 
 def _log_of(path: Path) -> Path:

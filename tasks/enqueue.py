@@ -291,7 +291,7 @@ def _publish(
         )
     except Exception as exc:
         if not is_patient:
-            error = explained(exc, app.settings.broker_url)
+            error = as_broker_away(exc, app.settings.broker_url)
             fence = Fence(publication=publication.number, may_run=True)  # it may have been sent all the same
             app.store.end(task_id, Status.FAILED, describe(error), fence=fence)
             if error is exc:
@@ -317,7 +317,7 @@ def _interrupts_body(app: "MediaTasks", task_id: str) -> bool:
     return current is not None and current.request.id != task_id and bool(current.request.get("is_in_body"))
 
 
-def explained(exc: Exception, broker_url: str) -> Exception:
+def as_broker_away(exc: Exception, broker_url: str) -> Exception:
     """The error of a broker on another machine with its address and what helps; the embedded one's says both itself."""
     if not isinstance(exc, OperationalError) or isinstance(exc, (BrokerError, BrokerAway)):
         return exc

@@ -74,7 +74,7 @@ class Reconciler:
         for holder in self._app.store.holders():
             if holder.lease == self._app.lease or not self._app.leases.is_dead(holder):
                 continue
-            for row in self._app.store.held_by(holder):
+            for row in self._app.store.held_by(holder.worker_id, holder.lease):
                 text = f"its worker {holder.worker_id} is dead; attempt {row['attempt']} is closed"
                 yield Finding(
                     "dead holders", row["job_id"], text, partial(close_attempt, self._app, row, "its worker died")
@@ -103,7 +103,8 @@ class Reconciler:
     # How they do it
 
     def _forget(self, holder: Holder) -> None:
-        for row in self._app.store.cancelled_under(holder):  # who was to end them has died before it did
+        # Who was to end them has died before it did.
+        for row in self._app.store.cancelled_under(holder.worker_id, holder.lease):
             remove_temp_files_of_row(self._app, row)
         self._app.store.worker_lost(holder.worker_id, holder.lease)
         self._app.store.forget_lease(holder.lease)

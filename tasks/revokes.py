@@ -41,7 +41,7 @@ def step_of(app: "MediaTasks", job_id: str) -> Any:
 
     As one that was sent: its predecessor, which knows nothing of this, sends no job that has ended.
     """
-    for row in app.store.holding(job_id):
+    for row in app.store.unfinished_that_name(job_id):
         options = message_of_row(row)["options"]
         chain, body = list(options.get("chain") or ()), options.get("chord")
         steps = [(step, chain[:number]) for number, step in enumerate(chain)] + ([(body, None)] if body else [])

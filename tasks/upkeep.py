@@ -15,7 +15,7 @@ from celery import bootsteps
 from kombu.exceptions import OperationalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from db.records import Event, Holder, WorkerStatus, now
+from db.records import Event, WorkerStatus, now
 from tasks import request
 from tasks.duty import Duty
 from tasks.heartbeat import Heartbeat
@@ -158,11 +158,9 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
 
     def _close_unclaimed(self) -> None:
         """Close attempts of this worker that nothing runs: their processes died while the database was away."""
-        me = Holder(self._app.leases.mine, self._app.worker_id, "", now(), now())
+        held = self._app.store.held_by(self._app.worker_id, self._app.leases.mine)
         running = {job.id for job in request.running()} | set(request.reserved())
-        unclaimed = {
-            (row["job_id"], row["attempt"]): row for row in self._app.store.held_by(me) if row["job_id"] not in running
-        }
+        unclaimed = {(row["job_id"], row["attempt"]): row for row in held if row["job_id"] not in running}
         for job_id, attempt in unclaimed.keys() & self._unclaimed:
             reason, is_death = "its process died, and nothing runs it any more", job_id not in request.spared
             close_attempt(self._app, unclaimed[job_id, attempt], reason, is_death=is_death)

@@ -153,8 +153,9 @@ class Attempts(Part):
     ) -> Publication | None:
         """End `attempt` and queue the job again under the next publication; None if it came too late.
 
-        With `run_after_utc` it rests until then; else its message is the caller's to send. `changed` are columns of
-        what runs from now on: other arguments, another task.
+        With `run_after_utc` it rests until then. Else its message is the caller's to send, and counts as lost if the
+        caller dies before: the reconciler publishes the job again. `changed` are columns of what runs from now on:
+        other arguments, another task.
         """
         is_resting = run_after_utc is not None
         with self._writing("requeue", job_id, attempt) as (connection, at, earlier), self.database.transaction():

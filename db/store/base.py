@@ -94,6 +94,7 @@ class Part:
 
 
 def standing_of(connection: Connection, job_id: str) -> Row | None:
+    """The columns of STANDING: where a job stands, and since when; None if it has no row."""
     return connection.execute(statements.STANDING, {"b_job_id": job_id}).mappings().one_or_none()
 
 
@@ -117,6 +118,7 @@ def log(
     message: str | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write a log row, in the transaction of the change that it tells of. A worker's own has no job, and sequence 0."""
     statements.LOG.first(connection, statements.log_row(job_id, sequence, event, worker_id, at, text(message), details))
 
 
@@ -130,12 +132,14 @@ def log_failure(
     failure: Failure | None,
     details: Mapping[str, Any],
 ) -> None:
+    """As `log`, with why: "type: message", as `tasks.sinks.events` takes it apart, and the failure's own details."""
     message = None if failure is None else f"{failure.error_type}: {failure.error_message}"
     everything = {**details, **((failure and failure.details) or {})}
     log(connection, job_id, sequence, event, worker_id, at, message, everything or None)
 
 
 def failure_columns(failure: Failure | None) -> dict[str, str | None]:
+    """The columns of a row that say why it failed; emptied without a failure."""
     if failure is None:
         return {"error_type": None, "error_module": None, "error_message": None}
     return {

@@ -20,11 +20,13 @@ class Canvases(Part):
         self._upsert_group(group_id, {"members": members})
 
     def group(self, group_id: str) -> Any:
+        """The members, as they were saved; None if they never were, or are forgotten."""
         with self._reading() as connection:
             statement = select(task_groups.c.members).where(task_groups.c.group_id == group_id)
             return connection.execute(statement).scalar()
 
     def forget_group(self, group_id: str) -> None:
+        """Forget who its members are. Their rows stay, and a chord goes on counting them."""
         self._upsert_group(group_id, {"members": None})
 
     def set_chord_size(self, group_id: str, size: int) -> None:

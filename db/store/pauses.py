@@ -30,9 +30,11 @@ class Pauses(Part):
         return self._rows(select(queue_pauses).where(_in_force()).order_by(queue_pauses.c.queue))
 
     def paused_queues(self) -> Collection[str]:
+        """The names of the queues whose pauses are in force."""
         return {row["queue"] for row in self.paused()}
 
     def forget_ended_pauses(self) -> None:
+        """Remove the rows of pauses whose time is over."""
         with self._changing() as connection:
             connection.execute(delete(queue_pauses).where(~_in_force()))
 

@@ -46,10 +46,12 @@ class Reading(Part):
             statement = statement.where(job_id >= id_prefix, job_id < id_prefix + LAST_CHARACTER)
         return self._rows(statement)
 
-    def holding(self, text: str) -> list[Row]:
-        """Unfinished jobs whose messages hold a text, as that of a job holds the ids of the steps that follow it."""
-        holds = cast(task_queue.c.message, Text).contains(text, autoescape=True)
-        return self._rows(select(task_queue).where(is_one_of(UNFINISHED), holds).order_by(task_queue.c.id))
+    def unfinished_that_name(self, job_id: str) -> list[Row]:
+        """Unfinished jobs whose messages hold this id anywhere, as they hold those of the steps that follow. It may
+        stand there as a mere argument: look what it is. Reads all that is unfinished.
+        """
+        names_it = cast(task_queue.c.message, Text).contains(job_id, autoescape=True)
+        return self._rows(select(task_queue).where(is_one_of(UNFINISHED), names_it).order_by(task_queue.c.id))
 
     def logs(self, job_id: str) -> list[Row]:
         """A job's changes, in order."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Final
 from uuid import uuid4
 
-from sqlalchemy import delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, delete, exists, or_, select, update
 
 from db.models import duties, task_queue, worker_heartbeats, worker_leases
 from db.records import GONE, Event, Heartbeat, Holder, Row, Status, WorkerStatus, now
@@ -70,20 +70,17 @@ class Workers(Part):
         with self._reading() as connection:
             return self._holders(connection, *where)
 
-    def held_by(self, holder: Holder) -> list[Row]:
-        """The rows whose running attempt this lease holds."""
-        c = task_queue.c
-        return self._rows(
-            select(task_queue).where(c.claimed_by == holder.worker_id, is_one_of(ACTIVE), c.lease == holder.lease)
-        )
+    def held_by(self, worker_id: str, lease: str) -> list[Row]:
+        """The rows whose running attempt this worker's lease holds."""
+        return self._under(worker_id, lease, is_one_of(ACTIVE))
 
-    def cancelled_under(self, holder: Holder) -> list[Row]:
-        """The rows that were cancelled while this lease held their attempt."""
+    def cancelled_under(self, worker_id: str, lease: str) -> list[Row]:
+        """The rows that were cancelled while this worker's lease held their attempt."""
+        return self._under(worker_id, lease, task_queue.c.status == Status.CANCELLED)
+
+    def _under(self, worker_id: str, lease: str, standing: ColumnElement[bool]) -> list[Row]:
         c = task_queue.c
-        is_cancelled = c.status == Status.CANCELLED
-        return self._rows(
-            select(task_queue).where(c.claimed_by == holder.worker_id, is_cancelled, c.lease == holder.lease)
-        )
+        return self._rows(select(task_queue).where(c.claimed_by == worker_id, standing, c.lease == lease))
 
     def cancelled_of(self, job_ids: Collection[str]) -> set[str]:
         """Which of these jobs are cancelled."""
@@ -124,6 +121,7 @@ class Workers(Part):
             return connection.execute(statement).scalar() == lease
 
     def leave_duty(self, name: str, lease: str) -> None:
+        """Give a duty back, for whoever asks next; nothing if another lease holds it. Its `position` stays."""
         with self._changing() as connection:
             statement = update(duties).where(duties.c.name == name, duties.c.holder == lease)
             connection.execute(statement.values(holder=None))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tasks.broker.errors import BrokerReplaced, BrokerUnavailable, BrokerUnusable, explained
+from tasks.broker.errors import BrokerReplaced, BrokerUnavailable, BrokerUnusable, as_broker_errors
 from tasks.broker.files import NETWORK_FILE_SYSTEMS, file_system_of, identity, set_patiently
 
 # Held around every use of SQLite and around every fork, so that no child is born while a thread is inside SQLite.
@@ -83,7 +83,7 @@ class Database:
             BrokerReplaced: the path leads to another file now, or to none.
             BrokerError: see `errors`.
         """
-        with _lock, explained(self.path):
+        with _lock, as_broker_errors(self.path):
             handle = self._usable_handle()
             if handle.in_transaction or not write:
                 yield handle
@@ -113,7 +113,7 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         _refuse_missing_or_network_directory(self.path)
-        with explained(self.path):
+        with as_broker_errors(self.path):
             handle = sqlite3.connect(
                 self.path, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False
             )

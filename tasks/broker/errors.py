@@ -47,7 +47,7 @@ _CHANGE = {
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def as_broker_errors(path: Path) -> Iterator[None]:
     """Raise SQLite's errors as `BrokerUnavailable` or `BrokerUnusable`; mistakes in the SQL stay what they are."""
     try:
         yield

@@ -99,7 +99,7 @@ def _message(exc: Exception) -> str | None:
     from kombu.exceptions import OperationalError as BrokerError
     from sqlalchemy.exc import DBAPIError
 
-    from tasks.enqueue import explained
+    from tasks.enqueue import as_broker_away
     from tasks.errors import MediaTasksError
     from tasks.settings import settings
 
@@ -112,7 +112,7 @@ def _message(exc: Exception) -> str | None:
     if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return f"the output can't be written: {exc.strerror}"
     if isinstance(exc, BrokerError):
-        return _first_line(explained(exc, settings().broker_url))
+        return _first_line(as_broker_away(exc, settings().broker_url))
     return None
 
 

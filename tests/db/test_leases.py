@@ -52,8 +52,8 @@ class TestLeases:
         (holder,) = store.holders(worker_id="worker-1")
         (another,) = store.holders(worker_id="worker-2")
 
-        assert [row["job_id"] for row in store.held_by(holder)] == [mine.job_id]
-        assert [dict(row) for row in store.held_by(another)] == [row_of(store, other)]
+        assert [row["job_id"] for row in store.held_by(holder.worker_id, holder.lease)] == [mine.job_id]
+        assert [dict(row) for row in store.held_by(another.worker_id, another.lease)] == [row_of(store, other)]
 
     def test_an_older_lease_of_the_same_worker_holds_what_it_claimed(self, store):
         old, new = new_job(), new_job()
@@ -62,7 +62,7 @@ class TestLeases:
             store.enqueue(job)
             claim(store, job, "worker-1", lease=lease)
 
-        held = {holder.lease: store.held_by(holder) for holder in store.holders()}
+        held = {holder.lease: store.held_by(holder.worker_id, holder.lease) for holder in store.holders()}
 
         assert [row["job_id"] for row in held["old"]] == [old.job_id]
         assert [row["job_id"] for row in held["new"]] == [new.job_id]
@@ -92,7 +92,7 @@ class TestLeases:
         jobs = [running(store, "worker-1")[0] for _ in range(2)]
         (holder,) = store.holders()
 
-        for row in store.held_by(holder):
+        for row in store.held_by(holder.worker_id, holder.lease):
             assert store.close(row["job_id"], row["attempt"], reason="dead")
         store.forget_lease(holder.lease)
 
@@ -133,9 +133,8 @@ class TestLeases:
         active = new_job()
         store.enqueue(active)
         claim(store, active, "worker-1", lease="lease")
-        holders = {holder.lease: holder for holder in store.holders()}
 
-        assert [row["job_id"] for row in store.cancelled_under(holders["lease"])] == [jobs["cancelled"].job_id]
+        assert [row["job_id"] for row in store.cancelled_under("worker-1", "lease")] == [jobs["cancelled"].job_id]
 
 
 class TestLostWorkers:
