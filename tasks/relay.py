@@ -131,9 +131,9 @@ class Relay:
         if self._log is not None:
             if not self._sink.unconfirmed:
                 self._record()
-            self._log = None
-            self._duty_due = 0.0
             self._duty.leave()
+            self._log = None  # only now: what the database does not take is tried again at the next round
+            self._duty_due = 0.0
         if self._sink.take_back():
             self._told = None
 

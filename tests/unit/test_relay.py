@@ -211,6 +211,38 @@ def test_what_was_refused_is_told_again_by_whoever_has_the_duty_next(relay, stor
     assert [event["job_id"] for event in sink.told] == ["b", "c"]
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_duty_that_the_database_did_not_take_back_is_left_at_the_next_round(
+    relay, store, sink, producer, monkeypatch, is_refused
+):
+    leave = store.leave_duty
+
+    def fail_once(*_args):
+        monkeypatch.setattr(store, "leave_duty", leave)
+        raise OperationalError("", None, Exception("the database is away"))
+
+    monkeypatch.setattr(store, "leave_duty", fail_once)
+    enqueue(store, "a")
+    relay.round()
+    if is_refused:
+        sink.refuse()
+    else:
+        sink.is_open = False
+
+    with pytest.raises(OperationalError):
+        relay.round()
+    assert store.duty_holder("relay") == producer.app.lease
+    assert sink.has_refused is is_refused
+    relay.round()
+    assert store.duty_holder("relay") is None
+    assert not sink.has_refused
+
+    sink.taken()
+    sink.is_open = True
+    go(relay, sink)
+    assert [event["job_id"] for event in sink.told] == ["a"] * is_refused
+
+
 def test_the_place_in_the_log_never_goes_back(relay, store, producer):
     assert store.relay_reached("relay", producer.app.lease, 7)
     assert store.relay_reached("relay", producer.app.lease, 3)
