@@ -448,6 +448,17 @@ class TestProgress:
 
         assert [event["progress"] for event in sink.mentioned] == [50]
 
+    def test_it_is_not_mentioned_once_the_job_has_ended(self, relay, store, sink):
+        enqueue(store, "a")
+        attempt = claim(store, "a")
+        store.progress("a", attempt, percent=50)
+        store.complete("a", attempt, {})
+
+        go(relay, sink)
+
+        assert sink.told[-1]["event_type"] == "completed"
+        assert sink.mentioned == []
+
 
 def test_progress_is_told_twice_a_second_however_often_it_rises(relay, store, sink):
     enqueue(store, "a")
