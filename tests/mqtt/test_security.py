@@ -109,7 +109,10 @@ def test_a_password_that_is_wrong_for_a_while_is_said_and_all_is_told_afterwards
     assert [job.get(timeout=20) for job in missed] == list(range(1, 21))
     check_none_was_blocked(deployment, missed)
     said = len(listener.of_worker(worker_id))
+    worker.signal(signal.SIGSTOP)  # what it told before the listener is back would be heard by nobody
     set_password(PASSWORD)
+    listener.wait_until_subscribed()
+    worker.signal(signal.SIGCONT)
 
     eventually(lambda: len(listener.of_worker(worker_id)) > said, 20)
     check_it_is_back(deployment, worker, listener, worker_id, missed)
