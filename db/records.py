@@ -123,6 +123,7 @@ class Decision(Enum):
     CANCELLED = "cancelled"
     STALE = "stale"
     HELD = "held"
+    UNCERTAIN = "perhaps held"
     PAUSED = "paused"
 
 

@@ -1,13 +1,32 @@
 """kombu's RabbitMQ transport, which says what a server refuses, and what helps. A worker that starts does not wait for
-that; one that was accepted before does.
+that; one that was accepted before does. A job that runs for longer than the server waits for acknowledgements costs a
+new connection, and nothing else.
 """
 
 from typing import Any, ClassVar
 
-from amqp.exceptions import AccessRefused, NotAllowed
+from amqp.exceptions import AccessRefused, NotAllowed, PreconditionFailed
 from kombu.transport import pyamqp
 
 from tasks.broker.errors import BrokerRefuses, BrokerUnusable
+
+
+class AcknowledgementOverdue(ConnectionResetError):
+    """The server's `consumer_timeout` (30 minutes, rabbitmq.com/docs/consumers#acknowledgement-timeout) has passed in
+    mid-job: it closes the channel, and redelivers what was reserved there. The guard leaves what runs alone.
+    """
+
+
+class Connection(pyamqp.Connection):  # type: ignore[misc, unused-ignore]
+    """As kombu's. Celery ends a worker whose channel is closed; one whose connection is lost makes another."""
+
+    def drain_events(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().drain_events(*args, **kwargs)
+        except PreconditionFailed as exc:
+            if "acknowledgement" in exc.reply_text:
+                raise AcknowledgementOverdue(exc.reply_text) from exc
+            raise
 
 
 class _Explained:
@@ -34,6 +53,10 @@ class _Explained:
 class Transport(_Explained, pyamqp.Transport):  # type: ignore[misc, unused-ignore]
     """RabbitMQ, as kombu has it."""
 
+    Connection = Connection
+
 
 class SSLTransport(_Explained, pyamqp.SSLTransport):  # type: ignore[misc, unused-ignore]
     """The same with TLS."""
+
+    Connection = Connection

@@ -30,6 +30,7 @@ from tasks.errors import (
     PermanentError,
     WorkerLost,
 )
+from tasks.leases import LOOK_EVERY_S, Watch
 from tasks.leftovers import remove_temp_files, remove_temp_files_of_row, token_of
 from tasks.rows import job_of_request, parameters_of, request_of_row
 
@@ -318,7 +319,7 @@ class Job(Task):
         """
         self.request.waited_before_s = self.app.waited_s
         try:
-            claim = self._ask_for_it(args, kwargs)
+            claim = self._asked(args, kwargs)
             if claim.decision in (Decision.RUN, Decision.POISON):
                 self._begin(claim, args, kwargs)
             else:
@@ -326,15 +327,27 @@ class Job(Task):
         except SoftTimeLimitExceeded as exc:
             raise Reject(str(exc), requeue=True) from exc
 
-    def _ask_for_it(self, args: Any, kwargs: Mapping[str, Any]) -> Claim:
+    def _asked(self, args: Any, kwargs: Mapping[str, Any]) -> Claim:
+        """What the row says to this message. A job whose holder's lock can't be seen from here stays with it, and is
+        the reconciler's; but one that the broker has lost is watched until it has renewed its lease, or should have.
+        """
+        app, delivery = self.app, self.request.delivery_info or {}
+        if not (delivery.get("redelivered") and app.settings.broker_kind.is_redelivery_a_loss):
+            return self._ask(args, kwargs, app.leases.judge)
+        watch = Watch(app.leases, renew_s=app.settings.lease_renew_s)
+        while (claim := self._ask(args, kwargs, watch.judge)).decision is Decision.UNCERTAIN:
+            time.sleep(LOOK_EVERY_S)
+        return claim
+
+    def _ask(self, args: Any, kwargs: Mapping[str, Any], judge: Callable[[Holder], Liveness]) -> Claim:
+        """Claim the row, however long the database takes."""
         request, app = self.request, self.app
-        redelivered = bool((request.delivery_info or {}).get("redelivered"))
         asked_at = time.monotonic()
 
-        def judge(holder: Holder) -> Liveness:
+        def judge_now(holder: Holder) -> Liveness:
             if time.monotonic() - asked_at > OUTAGE_S:  # the holder had to wait for the database as well
                 app.leases.interrupted()
-            return app.leases.judge(holder)
+            return judge(holder)
 
         return app.patiently(
             lambda: app.store.claim(
@@ -343,8 +356,7 @@ class Job(Task):
                 publication=self._eager_publication() if request.is_eager else request.get("publication") or 1,
                 worker_id=app.worker_id,
                 lease=None if request.is_eager else app.lease,
-                is_loss=redelivered and app.settings.broker_kind.is_redelivery_a_loss,
-                judge=judge,
+                judge=judge_now,
                 max_deaths=app.settings.max_deaths,
             )
         )

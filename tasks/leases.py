@@ -12,7 +12,7 @@ import random
 import time
 import uuid
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from tasks.celery import MediaTasks
 
 STOPPED_AFTER_S: Final = 60.0
+# A worker that lost its broker renews within a second; one that goes round late, by no more than this.
+WATCHED_FOR_S: Final = 3.0
+LATE_S: Final = 1.5
+LOOK_EVERY_S: Final = 0.25
 _REFUSED_AFTER_S: Final = 10.0
 _RETRY_S: Final = 0.25
 
@@ -156,6 +160,29 @@ class Leases:
                 is_old = time.time() - path.stat().st_mtime > timedelta(hours=1).total_seconds()
                 if is_old and not is_held(path):
                     path.unlink(missing_ok=True)
+
+
+class Watch:
+    """Looks again and again at who holds a job that the broker has redelivered, as it lost the holder's connection.
+
+    Where no lock can be seen the lease tells: a worker that lives renews it within LEASE_RENEW_S, and at once when it
+    has lost its broker (`Upkeep.renew_soon`). One that has missed a renewal since the redelivery is dead.
+    """
+
+    def __init__(self, leases: Leases, *, renew_s: float) -> None:
+        self._leases: Final = leases
+        self._renew_s: Final = renew_s
+        self._first: tuple[datetime, float] | None = None
+
+    def judge(self, holder: Holder) -> Liveness:
+        """Whether it lives: UNCERTAIN until it has renewed, or should have."""
+        if (liveness := self._leases.judge(holder)) is not Liveness.UNCERTAIN:
+            return liveness
+        renewed_at, watched_since = self._first = self._first or (holder.renewed_at, time.monotonic())
+        if holder.renewed_at > renewed_at:
+            return Liveness.ALIVE
+        is_watched = time.monotonic() - watched_since >= WATCHED_FOR_S
+        return Liveness.DEAD if is_watched and holder.silent_s >= self._renew_s + LATE_S else Liveness.UNCERTAIN
 
 
 def _boot_id() -> str:

@@ -91,6 +91,10 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         if hasattr(worker.pool, "maintain_pool"):
             hub.call_repeatedly(LOOK_FOR_DEAD_CHILDREN_S, worker.pool.maintain_pool)
 
+    def renew_soon(self) -> None:
+        """Say within a second that this worker lives: it has lost its broker, which hands its messages to others."""
+        self._beat_due = 0.0
+
     def drain(self) -> None:
         """The worker takes no more jobs; it is shown at the next round."""
         self._heartbeat.status = WorkerStatus.DRAINING

@@ -115,7 +115,6 @@ def _claiming(folder: Path, size: int) -> Iterator[float]:
             publication=1,
             worker_id="bench",
             lease="bench",
-            is_loss=False,
             judge=lambda _: Liveness.ALIVE,
             max_deaths=3,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, update
 
@@ -27,9 +27,6 @@ from db.records import (
 from db.statements import ACTIVE, RETURNED, UNFINISHED, is_one_of, of_attempt, of_job
 from db.store.base import Part, failure_columns, log, log_failure, publication_at, standing_of, text
 
-# A message that came back so often, from hosts that could not be looked at, counts as one that kills its workers.
-SUSPECT_DELIVERIES: Final = 10
-
 Judge = Callable[[Holder], Liveness]
 
 
@@ -44,7 +41,6 @@ class Attempts(Part):
         publication: int,
         worker_id: str,
         lease: str | None,
-        is_loss: bool,
         judge: Judge,
         max_deaths: int,
     ) -> Claim:
@@ -56,9 +52,8 @@ class Attempts(Part):
 
         Args:
             unknown: Makes the row of a message that has none; called only then.
-            is_loss: The broker has redelivered the message, and does so only after it lost the consumer. It decides
-                where the holder can't be looked at; that is no proof of a death, unless it happens again and again.
-            judge: Tells from the holder's lease whether it lives.
+            judge: Tells from the holder's lease whether it lives. While that is UNCERTAIN the claim is, and changes
+                nothing: it may be repeated.
         """
         with self._writing("claim", job_id, publication, worker_id) as (connection, at, earlier):
             bound = {
@@ -82,26 +77,24 @@ class Attempts(Part):
                 return Claim(Decision.PAUSED)
             if standing["claimed_at"] in earlier:
                 return _running(standing["attempt"], standing["deaths"], max_deaths)
-            return self._take_over(connection, standing, bound, is_loss, judge, max_deaths)
+            return self._take_over(connection, standing, bound, judge, max_deaths)
 
     def _take_over(
         self,
         connection: Connection,
         standing: Row,
         bound: dict[str, Any],
-        is_loss: bool,
         judge: Judge,
         max_deaths: int,
     ) -> Claim:
         """Close an attempt whose holder is dead, and claim the job anew."""
         holder = standing["claimed_by"]
         liveness = self._liveness(connection, standing["lease"], judge)
-        is_death = liveness is Liveness.DEAD or standing["deliveries"] >= SUSPECT_DELIVERIES
-        if not (liveness is Liveness.DEAD or (is_loss and liveness is Liveness.UNCERTAIN)):
-            return Claim(Decision.HELD, holder=holder)
-        reason = "its worker died" if liveness is Liveness.DEAD else "the broker lost its worker"
+        if liveness is not Liveness.DEAD:
+            is_alive = liveness is Liveness.ALIVE
+            return Claim(Decision.HELD if is_alive else Decision.UNCERTAIN, holder=holder)
         with self.database.transaction():
-            closed = _close(connection, bound, standing["attempt"], Event.LOST, reason, is_death=is_death)
+            closed = _close(connection, bound, standing["attempt"], Event.LOST, "its worker died", is_death=True)
             if closed is None:
                 return Claim(Decision.HELD, holder=holder)
             row = statements.CLAIM.execute(connection, bound)
@@ -111,9 +104,9 @@ class Attempts(Part):
         return _running(row.attempt, row.deaths, max_deaths, holder)
 
     def _liveness(self, connection: Connection, lease: str | None, judge: Judge) -> Liveness:
-        """Whether the holder lives: uncertain without a lease (an eager run), and no more if its lease has no row."""
+        """Whether the holder lives: as far as is known, without a lease (an eager run); no more, if it has no row."""
         if lease is None:
-            return Liveness.UNCERTAIN
+            return Liveness.ALIVE
         holders = self._holders(connection, worker_leases.c.lease == lease)
         return judge(holders[0]) if holders else Liveness.DEAD
 

@@ -56,3 +56,35 @@ def test_what_a_machine_had_that_vanished_without_a_word_runs_again_and_it_can_d
     assert [events.count(name) for name in ("lost", "started", "completed")] == [1, 2, 1]
     assert own.row(job)["claimed_by"] == "w2"
     assert lost.is_alive()
+
+
+@pytest.mark.parametrize("own", ["rabbitmq"], indirect=True)
+class TestConnectionLost:
+    """RabbitMQ redelivers what a lost connection held, whether its worker lives or not."""
+
+    def test_a_job_of_a_living_worker_stays_with_it(self, own, task, other_machine, rabbitmq_server, tmp_path):
+        vhost = own.env["CELERY_BROKER_URL"].rsplit("/", 1)[1]
+        own.start_worker("--concurrency=1")
+        job = task.note.delay(str(tmp_path / "runs"), "job", 12.0)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        other = own.start_worker("--concurrency=1", env=other_machine)
+
+        done = rabbitmq_server.rabbitmqctl("close_all_connections", "--vhost", vhost, "maintenance")
+
+        assert done.returncode == 0, done.stderr
+        assert job.get(timeout=60) == "job"
+        assert lines(tmp_path / "runs") == ["begin job", "end job"]
+        assert own.events(job) == ["created", "claimed", "started", "completed"]
+        eventually(lambda: f"[{job.id}] not run: held by w1" in other.log(), 20)
+
+    def test_a_job_of_a_dead_worker_runs_again_within_seconds(self, own, task, other_machine, tmp_path):
+        lost = own.start_worker("--concurrency=1", env={"LEASE_RENEW_S": "5", "LEASE_TIMEOUT_S": "60"})
+        job = task.dawdle.delay(str(tmp_path / "runs"), 60.0, 0.1)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+        own.start_worker("--concurrency=1", env={**other_machine, "LEASE_RENEW_S": "5", "LEASE_TIMEOUT_S": "60"})
+
+        lost.kill9_everything()
+
+        eventually(lambda: len(lines(tmp_path / "runs")) == 2, 5 + 1.5 + 3)
+        assert job.get(timeout=20) == 2
+        assert (own.row(job)["claimed_by"], own.row(job)["deaths"]) == ("w2", 1)

@@ -128,7 +128,6 @@ class Commands:
             publication=1,
             worker_id=worker_id,
             lease=f"lease of {worker_id}",
-            is_loss=False,
             judge=lambda _holder: Liveness.ALIVE,
             max_deaths=3,
         )

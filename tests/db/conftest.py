@@ -112,7 +112,7 @@ def claim(
     lease = f"lease of {worker_id}"
     # Through a store of its own: the next write of this one may have to be lost.
     Store(store.database).renew_lease(lease, worker_id, "this host")
-    defaults = {"publication": 1, "is_loss": False, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
+    defaults = {"publication": 1, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
     return store.claim(job.job_id, unknown=lambda: job, worker_id=worker_id, **{**defaults, **values})
 
 

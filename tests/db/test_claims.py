@@ -3,7 +3,6 @@
 import pytest
 
 from db.records import Decision, Fence, Holder, Liveness, Status
-from db.store.attempts import SUSPECT_DELIVERIES
 from tests.db.conftest import LOST, claim, events_of, new_job, row_of, running
 
 
@@ -43,7 +42,6 @@ class TestClaim:
                 publication=1,
                 worker_id="worker-1",
                 lease=None,
-                is_loss=False,
                 judge=lambda _: Liveness.ALIVE,
                 max_deaths=3,
             )
@@ -66,7 +64,7 @@ class TestClaim:
         store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
 
         assert claim(store, job, publication=publication).decision is Decision.STALE
-        lost = claim(store, job, publication=publication, is_loss=True, liveness=Liveness.DEAD)
+        lost = claim(store, job, publication=publication, liveness=Liveness.DEAD)
         assert lost.decision is Decision.STALE
 
         assert row_of(store, job)["status"] == "queued"
@@ -77,7 +75,7 @@ class TestClaim:
         store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1)
         claim(store, job, publication=2)
 
-        stale = claim(store, job, publication=1, is_loss=True, liveness=Liveness.DEAD)
+        stale = claim(store, job, publication=1, liveness=Liveness.DEAD)
 
         assert stale.decision is Decision.STALE
         assert row_of(store, job)["attempt"] == 2
@@ -91,33 +89,28 @@ class TestClaim:
             store.end(job.job_id, status, LOST, fence=Fence(attempt=attempt))
         before = row_of(store, job)
 
-        for is_loss in (False, True):
-            claimed = claim(store, job, "worker-2", is_loss=is_loss, liveness=Liveness.DEAD)
-            assert claimed.decision == Decision(status.value)
+        assert claim(store, job, "worker-2", liveness=Liveness.DEAD).decision == Decision(status.value)
 
         assert row_of(store, job) == before
         assert events_of(store, job) == ["created", "claimed", "started", status.value]
 
     @pytest.mark.parametrize(
-        ("liveness", "is_loss"),
-        [(Liveness.ALIVE, False), (Liveness.ALIVE, True), (Liveness.UNCERTAIN, False)],
-        ids=["alive", "alive though redelivered", "uncertain"],
+        ("liveness", "decision"), [(Liveness.ALIVE, Decision.HELD), (Liveness.UNCERTAIN, Decision.UNCERTAIN)]
     )
-    def test_a_worker_that_is_not_known_to_be_dead_holds_its_job(self, store, liveness, is_loss):
+    def test_a_worker_that_is_not_known_to_be_dead_holds_its_job(self, store, liveness, decision):
         job, attempt = running(store, "worker-1")
         before = row_of(store, job)
 
-        held = claim(store, job, "worker-2", liveness=liveness, is_loss=is_loss)
+        held = claim(store, job, "worker-2", liveness=liveness)
 
-        assert (held.decision, held.holder) == (Decision.HELD, "worker-1")
+        assert (held.decision, held.holder) == (decision, "worker-1")
         assert row_of(store, job) == before
         assert store.owns(job.job_id, attempt)
 
-    @pytest.mark.parametrize("is_loss", [False, True])
-    def test_a_job_of_a_dead_worker_is_taken_over(self, store, is_loss):
+    def test_a_job_of_a_dead_worker_is_taken_over(self, store):
         job, attempt = running(store, "worker-1")
 
-        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD, is_loss=is_loss)
+        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD)
 
         assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 2, 1)
         assert taken.holder == "worker-1"
@@ -126,18 +119,6 @@ class TestClaim:
         assert events_of(store, job) == ["created", "claimed", "started", "lost", "claimed", "started"]
         lost = store.logs(job.job_id)[3]
         assert (lost["worker_id"], lost["details"]) == ("worker-1", {"attempt": 1, "deaths": 1})
-
-    def test_a_redelivered_message_takes_over_from_a_worker_that_can_t_be_looked_at(self, store):
-        job, attempt = running(store, "worker-1")
-
-        taken = claim(store, job, "worker-2", liveness=Liveness.UNCERTAIN, is_loss=True)
-
-        assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, attempt + 2, 0)
-        assert taken.holder == "worker-1"
-        assert row_of(store, job)["claimed_by"] == "worker-2"
-        assert events_of(store, job) == ["created", "claimed", "started", "lost", "claimed", "started"]
-        lost = store.logs(job.job_id)[3]
-        assert (lost["worker_id"], lost["details"]) == ("worker-1", {"attempt": 1, "deaths": 0})
 
     def test_a_lease_without_a_row_is_dead_and_nobody_is_asked(self, store):
         job = new_job()
@@ -150,14 +131,12 @@ class TestClaim:
         assert (taken.decision, taken.attempt, taken.deaths) == (Decision.RUN, 3, 1)
         assert asked == []
 
-    def test_an_attempt_without_a_lease_is_uncertain(self, store):
+    def test_an_attempt_without_a_lease_keeps_its_job(self, store):
         job = new_job()
         store.enqueue(job)
         claim(store, job, "worker-1", lease=None)
 
         assert claim(store, job, "worker-2", liveness=Liveness.DEAD).decision is Decision.HELD
-        taken = claim(store, job, "worker-2", liveness=Liveness.DEAD, is_loss=True)
-        assert (taken.decision, taken.deaths) == (Decision.RUN, 0)
 
     def test_the_holder_is_judged_by_its_lease_s_row(self, store):
         job, _attempt = running(store, "worker-1")
@@ -183,26 +162,6 @@ class TestClaim:
         assert (row["deaths"], row["attempt"], row["status"]) == (3, 7, "running")
         assert store.end(job.job_id, Status.FAILED, LOST, fence=Fence(attempt=7))
         assert events_of(store, job)[-3:] == ["claimed", "started", "failed"]
-
-    def test_a_message_that_comes_back_again_and_again_is_poison_in_the_end(self, store):
-        job, _attempt = running(store)
-
-        claims = [claim(store, job, liveness=Liveness.UNCERTAIN, is_loss=True) for _ in range(SUSPECT_DELIVERIES + 2)]
-
-        assert [claimed.deaths for claimed in claims] == [0] * (SUSPECT_DELIVERIES - 1) + [1, 2, 3]
-        assert {claimed.decision for claimed in claims[:-1]} == {Decision.RUN}
-        assert claims[-1].decision is Decision.POISON
-
-    def test_a_suspect_message_is_still_held_by_the_living(self, store):
-        job, _attempt = running(store)
-        for _ in range(SUSPECT_DELIVERIES):
-            claim(store, job, liveness=Liveness.UNCERTAIN, is_loss=True)
-        before = row_of(store, job)
-
-        assert claim(store, job, is_loss=True).decision is Decision.HELD
-        assert claim(store, job, liveness=Liveness.UNCERTAIN).decision is Decision.HELD
-
-        assert row_of(store, job) == before
 
     def test_a_new_attempt_starts_without_the_progress_of_the_last(self, store):
         job, attempt = running(store)

@@ -17,7 +17,7 @@ def test_each_job_is_claimed_by_exactly_one_of_many_processes(store):
         store.enqueue(job)
 
     def claim_all(number):
-        return [job.job_id for job in jobs if claim(store, job, f"worker-{number}", is_loss=True).attempt]
+        return [job.job_id for job in jobs if claim(store, job, f"worker-{number}").attempt]
 
     claimed = Counter(job_id for ids in in_processes(PROCESSES, claim_all) for job_id in ids)
 

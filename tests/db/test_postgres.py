@@ -225,7 +225,6 @@ class TestProcesses:
                 publication=1,
                 worker_id="worker-1",
                 lease="lease",
-                is_loss=False,
                 judge=lambda _: Liveness.ALIVE,
                 max_deaths=3,
             )

@@ -39,7 +39,7 @@ def _claim_again(tools, job, publication):
 
     claim = tools.store.claim(
         job.job_id, unknown=lambda: job, publication=publication, worker_id="edge-1", lease="lease of edge-1",
-        is_loss=False, judge=lambda _holder: Liveness.ALIVE, max_deaths=3,
+        judge=lambda _holder: Liveness.ALIVE, max_deaths=3,
     )  # fmt: skip
     assert claim.decision is Decision.RUN
 

@@ -47,7 +47,7 @@ def claim(
     """A claim as the guard makes it for a first delivery; `liveness` is that of who holds the job already."""
     lease = f"lease of {worker_id}"
     store.renew_lease(lease, worker_id, host_id)
-    defaults = {"publication": 1, "is_loss": False, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
+    defaults = {"publication": 1, "max_deaths": 3, "lease": lease, "judge": lambda _: liveness}
     return store.claim(job.job_id, unknown=lambda: job, worker_id=worker_id, **{**defaults, **values})
 
 

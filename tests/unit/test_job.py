@@ -75,14 +75,32 @@ def test_a_guard_that_waited_for_the_database_takes_over_from_nobody_who_had_to_
     assert producer.row(job)["deaths"] == (0 if waited_s else 1)
 
 
-def test_a_redelivered_job_is_taken_over(producer, task):
+def test_a_redelivered_job_is_taken_over_from_another_host_that_does_not_renew(producer, task, clock, monkeypatch):
     job = task.add.delay(40, 2)
     claimed_by(producer.app, job, "other", host_id="elsewhere")
+
+    def stay_silent(_s):
+        clock.pass_s(7)
+        silent_for(producer.app, 7, "other")
+
+    monkeypatch.setattr(clock, "sleep", stay_silent, raising=False)
 
     info = {"routing_key": "add", "redelivered": True}
     assert run(task.add, job.id, 40, 2, publication=1, delivery_info=info) == 42
     assert producer.events(job) == ["created", "claimed", "started", "lost", "claimed", "started", "completed"]
-    assert producer.row(job)["deaths"] == 0  # a broken connection of a living worker looks the same
+    assert producer.row(job)["deaths"] == 1
+
+
+def test_a_redelivered_job_stays_with_another_host_that_renews(producer, task, clock, monkeypatch):
+    """It has lost its connection to the broker, and goes on."""
+    job = task.add.delay(40, 2)
+    claimed_by(producer.app, job, "other", host_id="elsewhere")
+    renew = producer.app.store.renew_lease
+    monkeypatch.setattr(clock, "sleep", lambda _s: renew("lease of other", "other", "elsewhere"), raising=False)
+
+    info = {"routing_key": "add", "redelivered": True}
+    assert run(task.add, job.id, 40, 2, publication=1, delivery_info=info) == "IGNORED"
+    assert producer.events(job) == ["created", "claimed", "started"]
 
 
 def test_what_a_lost_attempt_left_is_gone_when_the_next_begins(producer, task, tmp_path):

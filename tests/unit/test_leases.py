@@ -13,7 +13,7 @@ import pytest
 
 from db.records import Holder, Liveness, now
 from tasks.errors import SettingsError
-from tasks.leases import Leases
+from tasks.leases import LATE_S, WATCHED_FOR_S, Leases, Watch
 from tests.unit.jobs import claimed_by
 
 STEADY_S = 15.0  # LEASE_TIMEOUT_S
@@ -341,3 +341,43 @@ def test_only_old_files_of_the_dead_are_swept(producer, leases):
     leases.sweep()
 
     assert {path.name for path in directory.iterdir()} == {"new", producer.app.lease}
+
+
+class TestWatch:
+    """Who holds a job that was redelivered, where no lock can be seen."""
+
+    RENEW_S = 5.0
+
+    @pytest.fixture
+    def look(self, leases, clock):
+        """One look at a holder on another host, which renewed last so many seconds after the test's beginning."""
+        watch = Watch(leases, renew_s=self.RENEW_S)
+        began_at, began_s = now(), clock.monotonic()
+
+        def look(*, renewed_s):
+            seen_at = began_at + timedelta(seconds=clock.monotonic() - began_s)
+            return watch.judge(Holder("its", "w", "other", began_at + timedelta(seconds=renewed_s), seen_at))
+
+        return look
+
+    def test_one_that_renews_is_alive(self, look, clock):
+        assert look(renewed_s=-2) is Liveness.UNCERTAIN
+        clock.pass_s(1)
+
+        assert look(renewed_s=0.5) is Liveness.ALIVE
+
+    def test_one_that_misses_a_renewal_is_dead(self, look, clock):
+        assert look(renewed_s=0) is Liveness.UNCERTAIN
+        clock.pass_s(self.RENEW_S + LATE_S - 0.5)
+        assert look(renewed_s=0) is Liveness.UNCERTAIN
+        clock.pass_s(0.5)
+
+        assert look(renewed_s=0) is Liveness.DEAD
+
+    def test_one_that_could_not_renew_for_an_outage_is_watched_for_a_while(self, look, leases, clock):
+        leases.interrupted()
+        assert look(renewed_s=-60) is Liveness.UNCERTAIN
+        clock.pass_s(WATCHED_FOR_S - 0.5)
+        assert look(renewed_s=-60) is Liveness.UNCERTAIN
+
+        assert look(renewed_s=2) is Liveness.ALIVE

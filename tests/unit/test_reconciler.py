@@ -136,7 +136,6 @@ def test_the_living_are_left_alone(producer, app, reconciler, add):
         publication=1,
         worker_id=app.worker_id,
         lease=app.lease,
-        is_loss=False,
         judge=app.leases.judge,
         max_deaths=3,
     )

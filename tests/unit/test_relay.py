@@ -87,7 +87,6 @@ def claim(store, job_id, publication=1):
         publication=publication,
         worker_id="w",
         lease=None,
-        is_loss=False,
         judge=None,
         max_deaths=3,
     ).attempt

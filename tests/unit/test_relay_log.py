@@ -150,9 +150,7 @@ def test_the_first_relay_begins_after_the_last_row_that_a_worker_wrote(store):
     assert begins("without a worker") == 0
 
     job = NewJob(job_id="a", task_type="add", queue="add", parameters={})
-    store.claim(
-        "a", unknown=lambda: job, publication=1, worker_id="w", lease=None, is_loss=False, judge=None, max_deaths=3
-    )
+    store.claim("a", unknown=lambda: job, publication=1, worker_id="w", lease=None, judge=None, max_deaths=3)
     last = max(row["id"] for row in store.logs("a"))
     enqueue(store, "c")
     assert begins("after a worker") == last

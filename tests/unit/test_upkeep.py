@@ -93,7 +93,7 @@ class Unreachable:
 
 def claimed_here(app, job):
     row = app.store.job(job.id)
-    values = {"publication": row["publication"], "worker_id": app.worker_id, "lease": app.lease, "is_loss": False}
+    values = {"publication": row["publication"], "worker_id": app.worker_id, "lease": app.lease}
     return app.store.claim(job.id, unknown=lambda: new_job(job.id), judge=None, max_deaths=3, **values).attempt
 
 
