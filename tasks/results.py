@@ -6,7 +6,7 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -17,11 +17,11 @@ from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
 from kombu.exceptions import EncodeError
 
-from db.records import UNFENCED, Fence, NewJob, Status
+from db.records import UNFENCED, Fence, NewJob, Row, Status
 from tasks.errors import ResultsNotRead
 from tasks.job import follows_up
 from tasks.remedy import is_transient
-from tasks.rows import describe, exception_of, job_of_request, json_fault, meta_of, request_of_row, unsent
+from tasks.rows import STATES, describe, exception_of, job_of_request, json_fault, meta_of, request_of_row, unsent
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -74,12 +74,7 @@ class JobBackend(BaseBackend):
         state: str = states.FAILURE,
     ) -> None:
         """Fail the row; then its chord, the rest of its chain, and its errbacks, unless the write came too late."""
-        if self._end(task_id, exc, Status.FAILED, traceback, request):
-            with _following_up():
-                super().mark_as_failure(
-                    task_id, exc, traceback, request, store_result=True, call_errbacks=call_errbacks, state=state
-                )
-            self._settle(task_id, request)
+        self._finish(task_id, exc, Status.FAILED, request, traceback, call_errbacks)
 
     def mark_as_revoked(
         self,
@@ -90,38 +85,45 @@ class JobBackend(BaseBackend):
         state: str = states.REVOKED,
     ) -> None:
         """Cancel the row: revoked or expired before it ran, or terminated while it ran; then what waits for it."""
-        exc = TaskRevokedError(reason or "revoked")
-        if self._end(task_id, exc, Status.CANCELLED, None, request):
-            with _following_up():
-                super().mark_as_failure(
-                    task_id, exc, None, request, store_result=True, call_errbacks=False, state=state
-                )
-            self._settle(task_id, request)
+        self._finish(task_id, TaskRevokedError(reason or "revoked"), Status.CANCELLED, request)
 
-    def tell(self, row: Mapping[str, Any]) -> None:
+    def tell(self, row: Row) -> None:
         """Tell chord, chain and errbacks of the end of a job whose process died before it had told them all.
 
         They may hear of it twice: rows and chords take no notice, an errback is called again.
         """
-        request = request_of_row(row)
-        if row["status"] == Status.COMPLETED:
+        request, status = request_of_row(row), Status(row["status"])
+        if status is Status.COMPLETED:
             self.on_chord_part_return(request, states.SUCCESS, None, is_again=True)
         else:
-            is_failed = row["status"] == Status.FAILED
-            state, exc = states.FAILURE if is_failed else states.REVOKED, exception_of(row)
+            exc = exception_of(row)
+            # Celery's part would report it to its chord as news. One that has counted it, and whose body nobody has
+            # failed since, takes notice of a repetition only, which follows.
             chord_of_it, request.chord = request.chord, None
-            with _following_up():
-                super().mark_as_failure(
-                    row["job_id"], exc, None, request, store_result=True, call_errbacks=is_failed, state=state
-                )
+            self._pass_on(row["job_id"], exc, status, request)
             if chord_of_it:
                 request.chord = chord_of_it
-                self.on_chord_part_return(request, state, exc, is_again=True)
+                self.on_chord_part_return(request, STATES[status], exc, is_again=True)
         self.app.store.settle(row["job_id"])
 
-    def _settle(self, task_id: str, request: Any) -> None:
-        if request and (request.chord or request.chain or request.errbacks):
-            self.app.patiently(lambda: self.app.store.settle(task_id))
+    def _finish(
+        self, task_id: str, exc: Any, status: Status, request: Any, traceback: Any = None, call_errbacks: bool = True
+    ) -> None:
+        """End the row, tell what waits for it, and note that this has been told; nothing, if the end comes too late."""
+        if self._end(task_id, exc, status, traceback, request):
+            self._pass_on(task_id, exc, status, request, traceback, call_errbacks)
+            if request and (request.chord or request.chain or request.errbacks):
+                self.app.patiently(lambda: self.app.store.settle(task_id))
+
+    def _pass_on(
+        self, task_id: str, exc: Any, status: Status, request: Any, traceback: Any = None, call_errbacks: bool = True
+    ) -> None:
+        """Celery's part: the chord, the rest of the chain, the errbacks of a failure. It is to store results whatever
+        the task does with its own, since the steps of the chain have rows to end.
+        """
+        options = {"call_errbacks": call_errbacks and status is Status.FAILED, "state": STATES[status]}
+        with _following_up():
+            super().mark_as_failure(task_id, exc, traceback, request, store_result=True, **options)
 
     def mark_as_retry(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the row was queued again before the retry was published."""

@@ -20,7 +20,7 @@ from tasks.values import moment_of
 PRIORITY_DEFAULT: Final = 5
 PRIORITIES: Final = range(1, 11)
 MESSAGE_LIMIT: Final = 4000
-_STATES: Final = {
+STATES: Final = {
     Status.QUEUED: states.PENDING,
     Status.CLAIMED: states.RECEIVED,
     Status.RUNNING: states.STARTED,
@@ -170,7 +170,7 @@ def meta_of(task_id: str, row: Any) -> dict[str, Any]:
     if row is None:
         return meta
     status = Status(row["status"])
-    meta |= {"status": _STATES[status], "name": row["task_type"], "date_done": row["completed_at"]}
+    meta |= {"status": STATES[status], "name": row["task_type"], "date_done": row["completed_at"]}
     if status is Status.QUEUED and row["retry_count"]:
         meta["status"] = states.RETRY
     if status is Status.COMPLETED:
