@@ -199,8 +199,21 @@ class MediaTasks(Celery):
         expires: str | None,
         options: dict[str, Any],
     ) -> None:
-        """Send the message of a row, now, with its number. A message never expires by itself: it would vanish unsaid;
-        a worker cancels the job by the header.
+        """Send the message of a row, now, with its number; nothing is written. A second call sends a second message: of
+        two with one number the guard runs one, and of two numbers that of the row.
+
+        Args:
+            publication: The row's number as the message is to carry it.
+            priority: The row's, 1-10.
+            has_begun: Whether the job ran before: it goes before all that have not.
+            expires: When a worker is to cancel the job, ISO 8601. The message itself never expires: it would vanish
+                without a word.
+            options: As of Celery's `send_task`; times in them have no effect.
+
+        Raises:
+            kombu.exceptions.OperationalError: The broker does not answer or refuses; it may have the message all the
+                same.
+            kombu.exceptions.EncodeError: The arguments are no JSON.
         """
         own = {"publication": publication, "published_at": int(time.time()), "expires": expires}
         headers = {**(options.get("headers") or {}), **own}

@@ -285,7 +285,7 @@ def reserved() -> list[str]:
 
 
 def waiting() -> list[Any]:
-    """The requests of those."""
+    """The requests that this worker has reserved and does not run yet, those of Celery's own tasks among them."""
     known = {*_snapshot(state.reserved_requests), *_snapshot(state.scheduled_requests)}
     return list(known - {*_snapshot(state.active_requests)})
 

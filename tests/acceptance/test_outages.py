@@ -118,7 +118,7 @@ def test_a_job_whose_time_goes_by_while_the_database_is_locked_is_not_failed_for
         message = {"args": args, "kwargs": {}, "options": options}
         own.app.store.enqueue(new_job("waiting", task_type="stay", queue="stay", message=message))
         with Lock(own.server_dir / "media_store.db", 12.0):
-            own.app.publish("stay", args, {}, publication=1, priority=5, expires=None, options=options)
+            own.app.publish("stay", args, {}, publication=1, priority=5, has_begun=False, expires=None, options=options)
 
         for job in (done, own.app.AsyncResult("waiting")):
             assert job.get(**GET) == "stayed"
