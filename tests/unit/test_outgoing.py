@@ -1,6 +1,6 @@
 """Jobs that rest in their rows are sent when they are due."""
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 from kombu.exceptions import OperationalError
@@ -8,7 +8,7 @@ from kombu.exceptions import OperationalError
 from db.records import now
 from tasks.outgoing import Dispatcher
 from tests.acceptance.deployment import deployed
-from tests.unit.jobs import change, messages, publications
+from tests.unit.jobs import change, claim, messages, new_job, publications
 
 
 def test_a_job_is_sent_when_it_is_due_and_not_before(producer, app, dispatcher, add):
@@ -124,6 +124,34 @@ def test_headers_of_the_caller_are_sent_again(producer, app, dispatcher, add):
 
     (message,) = messages(producer, "add")
     assert (message.headers["trace"], message.headers["publication"]) == ("abc", 2)
+
+
+def test_a_message_that_is_sent_again_says_how_often_it_was_tried_and_when_it_expires(producer, app, dispatcher, add):
+    expires_at = now() + timedelta(hours=1)
+    job = add.apply_async((1, 1), expires=expires_at)
+    messages(producer, "add")
+    change(app, job, published_at=None, publication=2, retry_count=1, run_after_utc=now())
+
+    dispatcher.publish_due(10)
+
+    (message,) = messages(producer, "add")
+    assert message.headers["retries"] == 1
+    assert datetime.fromisoformat(message.headers["expires"]) == expires_at
+
+
+def test_a_job_that_has_begun_before_goes_ahead_of_those_of_its_priority(producer, app, dispatcher, add):
+    waiting, begun, urgent = (add.apply_async((1, 1), priority=priority) for priority in (5, 5, 7))
+    claim(app.store, new_job(begun.id))
+    app.store.close(begun.id, 1, reason="its process died")
+
+    assert dispatcher.publish_due(10) == 1
+
+    sent = publications(producer, "add")
+    assert [job_id for job_id, publication in sent if (job_id, publication) != (begun.id, 1)] == [
+        urgent.id,
+        begun.id,
+        waiting.id,
+    ]
 
 
 def test_a_round_says_when_to_look_again_and_asks_once_where_nothing_is_due(app, dispatcher, add, monkeypatch):
