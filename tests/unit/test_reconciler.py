@@ -227,6 +227,20 @@ def test_later_steps_of_a_chain_hear_of_a_failure_that_was_not_told(producer, ap
     assert list(reconciler.untold_ends()) == []
 
 
+@pytest.mark.parametrize(("status", "is_called"), [(Status.FAILED, True), (Status.CANCELLED, False)])
+def test_an_errback_hears_of_a_failure_that_was_not_told_and_of_no_cancellation(
+    producer, app, reconciler, add, tmp_path, status, is_called
+):
+    job = add.apply_async((1, 1), link_error=producer.task.note_error.s(file=str(tmp_path / "errors")))
+    app.store.end(job.id, status, failure())
+    change(app, job, completed_at=now() - LONG_AGO)
+
+    assert mend(reconciler.untold_ends()) == [job.id]
+
+    assert (tmp_path / "errors").exists() is is_called
+    assert list(reconciler.untold_ends()) == []
+
+
 @pytest.mark.parametrize("status", [Status.FAILED, Status.CANCELLED])
 def test_a_chord_hears_of_a_member_that_ended_badly_and_was_not_told(producer, app, reconciler, add, status):
     body = chord([add.s(1, 1), add.s(2, 2)], producer.task.total.s())()

@@ -40,6 +40,15 @@ def test_who_stops_leaves_its_duty_and_its_lease(app, upkeep):
     assert [worker["status"] for worker in app.store.workers()] == ["stopped"]
 
 
+def test_a_worker_that_begins_to_drain_in_mid_round_is_shown_so_by_the_next(app, upkeep, monkeypatch):
+    monkeypatch.setattr(upkeep, "_close_unclaimed", upkeep.drain)  # which comes after the heartbeat
+
+    upkeep.round()
+    upkeep.round()
+
+    assert [worker["status"] for worker in app.store.workers()] == ["draining"]
+
+
 @pytest.mark.parametrize("step_s", [60, -60])
 def test_after_the_machine_slept_or_its_clock_was_set_silence_counts_anew(
     producer, upkeep, add, clock, monkeypatch, step_s
@@ -120,6 +129,18 @@ def test_an_attempt_that_nothing_runs_is_closed_at_the_second_look_without_its_t
     row = producer.row(job)
     assert (row["status"], row["deaths"], part.exists()) == ("queued", 1, False)
     assert producer.events(job)[-1] == "lost"
+
+
+@pytest.mark.parametrize("has", ["running", "reserved"])
+def test_an_attempt_that_this_worker_has_is_left_alone(producer, app, upkeep, add, monkeypatch, has):
+    job = add.delay(1, 1)
+    claimed_here(app, job)
+    monkeypatch.setattr(request, has, lambda: [SimpleNamespace(id=job.id) if has == "running" else job.id])
+
+    upkeep._close_unclaimed()
+    upkeep._close_unclaimed()
+
+    assert (producer.row(job)["status"], producer.row(job)["deaths"]) == ("running", 0)
 
 
 def test_an_attempt_that_nothing_runs_fails_when_it_was_one_death_too_many(producer, app, upkeep, tmp_path):
