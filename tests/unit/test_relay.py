@@ -447,6 +447,24 @@ class TestProgress:
 
         assert [event["progress"] for event in sink.mentioned] == [50]
 
+    def test_it_is_not_mentioned_behind_a_change_that_came_meanwhile(self, relay, store, sink, monkeypatch):
+        enqueue(store, "a")
+        attempt = claim(store, "a")
+        go(relay, sink)
+        store.progress("a", attempt, percent=50)
+        rising = store.rising
+
+        def rising_before_the_end():
+            rows = rising()
+            store.complete("a", attempt, {})
+            return rows
+
+        monkeypatch.setattr(store, "rising", rising_before_the_end)
+        go(relay, sink, rounds=1)
+
+        assert sink.told[-1]["event_type"] == "completed"
+        assert sink.mentioned == []
+
     def test_it_is_not_mentioned_once_the_job_has_ended(self, relay, store, sink):
         enqueue(store, "a")
         attempt = claim(store, "a")
