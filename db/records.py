@@ -75,14 +75,15 @@ GONE = (WorkerStatus.STOPPED, WorkerStatus.LOST)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """A job as it is submitted. `message` holds what is needed to publish it again, `sequel` is PENDING if something
-    follows from its end: the next step of a chain, a chord, an errback.
+    """A job as it is submitted. `message` holds args, kwargs and options for its messages. `sequel` is PENDING
+    if something follows from its end: the next step of a chain, a chord, an errback.
     """
 
     job_id: str
     task_type: str
     queue: str
     parameters: Mapping[str, Any]
+    message: Mapping[str, Any]
     priority: int = 5
     max_retries: int | None = None
     retry_count: int = 0
@@ -96,7 +97,6 @@ class NewJob:
     sequel: Sequel | None = None
     unique_key: str | None = None
     unique_until: datetime | None = None
-    message: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

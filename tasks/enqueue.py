@@ -88,7 +88,7 @@ def send(app: "MediaTasks", name: str, args: Any, kwargs: Any, options: dict[str
                 raise
             app.backend.mark_as_failure(task_id, exc, request=unsent(name, args, kwargs, options))
             return app.AsyncResult(task_id)
-        args, kwargs = job.message["args"], job.message["kwargs"]  # type: ignore[index]
+        args, kwargs = job.message["args"], job.message["kwargs"]
         task_id, publication = _enqueue(app, job, is_patient=is_patient)
     if publication is not None and not publication.is_resting:
         _publish(app, name, args, kwargs, options, publication, is_patient=is_patient)

@@ -12,10 +12,10 @@ import pytest
 from celery import Celery, chord
 from kombu import Queue
 
-from db.records import NewJob
 from tests.acceptance.deployment import lines
 from tests.tooling import processes
 from tests.tooling.waiting import eventually
+from tests.unit.jobs import new_job
 
 COMPLETED = ["created", "claimed", "started", "completed"]
 GET = {"timeout": 10}
@@ -205,7 +205,7 @@ def test_a_field_that_no_job_can_have_is_a_failed_row(deployment, worker, publis
 
 def test_a_job_whose_message_came_damaged_fails(deployment, publish):
     job_id = str(uuid.uuid4())
-    assert deployment.app.store.enqueue(NewJob(job_id=job_id, task_type="add", queue="add", parameters={"x": 1}))
+    assert deployment.app.store.enqueue(new_job(job_id, parameters={"x": 1}))
     body, headers = message("add", 1, task_id=job_id)
 
     publish("add", body, headers | {"publication": NAN})

@@ -111,7 +111,8 @@ class Commands:
         """A queued job; a resting one has no message."""
         parameters = {"input": "/data/photos/in.jpg", "output": "/data/out.webp", "width": 800}
         values = {"task_type": "image_resize", "queue": "image_resize", "parameters": parameters, **columns}
-        job = NewJob(job_id=job_id, **values)
+        message = {"args": [], "kwargs": values["parameters"], "options": {}}
+        job = NewJob(job_id=job_id, **{"message": message, **values})
         assert self.store.enqueue(job, is_resting=is_resting)
         return job
 

@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 
-from db.records import Failure, Fence, NewJob, Status, now
+from db.records import Failure, Fence, Status, now
 from tasks.cli.jobs import jobs
 from tests.tooling import processes
 from tests.tooling.waiting import eventually
+from tests.unit.jobs import new_job
 
 CORRUPT = Failure(error_type="CorruptMedia", error_module="tasks.errors", error_message="in.jpg is broken")
 
@@ -157,7 +158,7 @@ def test_failed_leaves_jobs_alone_that_failed_with_the_one_they_wait_for(command
     failed("first-step")
     for number in range(5):
         job_id = f"after-{number}"
-        unknown = partial(NewJob, job_id=job_id, task_type="image_resize", queue="image_resize", parameters={})
+        unknown = partial(new_job, job_id, task_type="image_resize", queue="image_resize")
         assert commands.store.end(job_id, Status.FAILED, CORRUPT, unknown=unknown, was_sent=False)
 
     result = commands.run(jobs, "replay", "--failed", "--limit", "1")

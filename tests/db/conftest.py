@@ -102,6 +102,7 @@ _numbers = itertools.count(1)
 def new_job(job_id: str | None = None, **values: Any) -> NewJob:
     """A job with an id of its own."""
     defaults = {"task_type": "image_resize", "queue": "image_resize", "parameters": {"input": "in.jpg"}}
+    defaults["message"] = {"args": ["in.jpg"], "kwargs": {}, "options": {}}
     return NewJob(job_id=job_id or f"job-{next(_numbers)}", **{**defaults, **values})
 
 

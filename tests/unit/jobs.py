@@ -32,7 +32,8 @@ class Clock:
 
 
 def new_job(job_id: str, **values: Any) -> NewJob:
-    return NewJob(job_id=job_id, **{"task_type": "add", "queue": "add", "parameters": {}, **values})
+    values = {"task_type": "add", "queue": "add", "parameters": {}, **values}
+    return NewJob(job_id=job_id, **{"message": {"args": [], "kwargs": values["parameters"], "options": {}}, **values})
 
 
 def claim(

@@ -10,11 +10,12 @@ from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
 from db.models import task_logs
-from db.records import Failure, Fence, NewJob, Status
+from db.records import Failure, Fence, Status
 from tasks import control
 from tasks.broadcast import Broadcast
 from tasks.duty import Duty
 from tasks.relay import NO_PAUSE, UNTIL_NEEDED, WHILE_BUSY, WHILE_IDLE, Relay
+from tests.unit.jobs import new_job
 
 
 class Recorder:
@@ -76,11 +77,11 @@ def relay(producer, store, sink):
 
 def enqueue(store, *job_ids):
     for job_id in job_ids:
-        store.enqueue(NewJob(job_id=job_id, task_type="add", queue="add", parameters={}))
+        store.enqueue(new_job(job_id))
 
 
 def claim(store, job_id, publication=1):
-    job = NewJob(job_id=job_id, task_type="add", queue="add", parameters={})
+    job = new_job(job_id)
     return store.claim(
         job_id,
         unknown=lambda: job,
@@ -286,7 +287,7 @@ def test_what_is_written_for_a_dead_attempt_does_not_hide_what_was_submitted_bef
     if event == "lost":
         store.close("old", attempt, reason="its worker died")
     else:
-        job = NewJob(job_id="old", task_type="add", queue="add", parameters={})
+        job = new_job("old")
         store.end(job.job_id, Status(event), Failure(error_type="E", error_message="e"))
 
     assert first_told() == [("new", 1), ("old", 4)]
@@ -359,7 +360,7 @@ def test_a_retry_and_a_failure_say_why_even_when_the_row_has_moved_on(relay, sto
     enqueue(store, "a")
     failure = Failure(error_type="TimeoutError", error_message="slow: very")
     store.requeue("a", attempt=claim(store, "a"), event="retry", retry_count=1, failure=failure)
-    job = NewJob(job_id="a", task_type="add", queue="add", parameters={})
+    job = new_job("a")
     store.end(job.job_id, Status.FAILED, failure, fence=Fence(attempt=claim(store, "a", 2)))
     store.replay("a")
 

@@ -4,9 +4,9 @@ import pytest
 
 from db import schema
 from db.engine import Database
-from db.records import NewJob
 from db.store import Store
 from tasks.relay import LogReader, _without
+from tests.unit.jobs import new_job
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def another(store, fresh_postgres_url):
 
 def enqueue(store, *job_ids):
     for job_id in job_ids:
-        store.enqueue(NewJob(job_id=job_id, task_type="add", queue="add", parameters={}))
+        store.enqueue(new_job(job_id))
 
 
 def read(reader):
@@ -149,7 +149,7 @@ def test_the_first_relay_begins_after_the_last_row_that_a_worker_wrote(store):
     store.log_worker("w", "started", "worker started")
     assert begins("without a worker") == 0
 
-    job = NewJob(job_id="a", task_type="add", queue="add", parameters={})
+    job = new_job("a")
     store.claim("a", unknown=lambda: job, publication=1, worker_id="w", lease=None, judge=None, max_deaths=3)
     last = max(row["id"] for row in store.logs("a"))
     enqueue(store, "c")

@@ -8,10 +8,10 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult, ResultSet
 from kombu.exceptions import EncodeError
 
-from db.records import Failure, Fence, NewJob, Status
+from db.records import Failure, Fence, Status
 from tasks.errors import LimitExceeded
 from tasks.rows import describe
-from tests.unit.jobs import claim
+from tests.unit.jobs import claim, new_job
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def store(producer):
 
 @pytest.fixture
 def job(store):
-    new = NewJob(job_id="job-1", task_type="add", queue="add", parameters={"x": 1})
+    new = new_job("job-1", parameters={"x": 1})
     store.enqueue(new)
     return new
 
@@ -164,15 +164,7 @@ def test_a_chord_whose_body_was_not_published_by_a_dying_process_publishes_it_wh
     body = total.s()
     body.freeze("body-1")
     for index, value in enumerate((2, 4)):
-        new = NewJob(
-            job_id=f"m{index}",
-            task_type="add",
-            queue="add",
-            parameters={},
-            group_id="g1",
-            group_index=index,
-            in_chord=True,
-        )
+        new = new_job(f"m{index}", group_id="g1", group_index=index, in_chord=True)
         app.store.enqueue(new)
         app.store.complete(f"m{index}", claim(app.store, new).attempt, value)
     app.store.set_chord_size("g1", len(members.tasks))
