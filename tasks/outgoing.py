@@ -1,17 +1,21 @@
 """Messages of rows: a job that rests in its row is sent to the broker, as it was submitted.
 
 In: a row that is due, marked as published. Out: one message that carries the row's publication. If the broker doesn't
-take it, the row goes back to rest and is tried again.
+take it, the row goes back to rest and is tried again; a job whose message no broker would take fails.
 """
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from amqp.exceptions import NotFound
 from kombu.exceptions import OperationalError
 
-from tasks.rows import message_of_row
+from db.records import Row
+from tasks.brokers import RABBITMQ
+from tasks.errors import InvalidArguments
+from tasks.remedy import is_transient
+from tasks.rows import message_of_row, request_of_row
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -51,9 +55,19 @@ class Dispatcher:
         self._outlet.is_away = False
         for row in rows:
             # A broker that is away is asked once: each time takes seconds, and another worker may reach it.
-            if self.is_broker_away or not self._outlet.send(row):
+            if self.is_broker_away or not self._is_settled(row):
                 self._app.store.rest(row["job_id"], row["publication"], delay_s=REFUSED_FOR_S)
         return len(rows)
+
+    def _is_settled(self, row: Row) -> bool:
+        """Send the message of a row, or fail its job for good; False if it has to rest."""
+        try:
+            return self._outlet.send(row)
+        except Exception as exc:
+            logger.exception("%s[%s] can't be published", row["task_type"], row["job_id"])
+            request = request_of_row(row, publication=row["publication"])
+            self._app.backend.mark_as_failure(row["job_id"], exc, request=request)
+            return True
 
     @property
     def is_broker_away(self) -> bool:
@@ -74,30 +88,65 @@ class Outlet:
         self.is_away = False
         """Whether the broker could not be reached when it was asked last."""
 
-    def send(self, row: Mapping[str, Any]) -> bool:
-        """Send the message of a row; False if the broker did not take it, and the row has to rest."""
-        app, expires_at = self._app, row["expires_at"]
-        message = message_of_row(row)
-        options = {**message["options"], "task_id": row["job_id"], "queue": row["queue"], "retries": row["retry_count"]}
+    def send(self, row: Row) -> bool:
+        """Send the message of a row, once more whenever it is called: of several the guard takes one.
+
+        False if the broker did not take it, which may pass: it is away, or refuses. Whatever else goes wrong is tried
+        once more on a new connection: one that breaks may raise anything, and RabbitMQ tells of what it refused when
+        the next message comes.
+
+        Raises:
+            Exception: What no broker would take, as the library has it: a header that can't be encoded, say.
+            InvalidArguments: It is for an exchange that RabbitMQ does not have.
+        """
+        is_new = self._connection is None
         try:
-            app.publish(
-                row["task_type"],
-                message["args"],
-                message["kwargs"],
-                publication=row["publication"],
-                priority=row["priority"],
-                has_begun=row["deliveries"] > 0,
-                expires=expires_at.isoformat() if expires_at is not None else None,
-                options=options | {"producer": self._producer(), "retry": False},
-            )
+            self._publish(row)
         except Exception as exc:
-            logger.warning("%s[%s] could not be published: %s", row["task_type"], row["job_id"], exc)
-            connection_errors = getattr(self._connection, "connection_errors", ())
-            self.is_away = isinstance(exc, (OperationalError, OSError, *connection_errors))
+            # Celery raises some of a transport's errors as another.
+            cause = exc.__cause__ if type(exc) is OperationalError and exc.__cause__ is not None else exc
+            self.is_away = self._is_of_connection(cause)
+            may_pass = self.is_away or self._is_refusal(cause) or is_transient(cause)
             self.close()
+            if not (self.is_away or is_new):
+                return self.send(row)
+            if not may_pass:
+                raise
+            logger.warning("%s[%s] could not be published: %s", row["task_type"], row["job_id"], exc)
             return False
         self.is_away = False
         return True
+
+    def _is_of_connection(self, exc: BaseException) -> bool:
+        kinds = getattr(self._connection, "connection_errors", ())
+        return isinstance(exc, (OperationalError, OSError, *kinds)) and not isinstance(exc, KeyError)  # as Redis has it
+
+    def _is_refusal(self, exc: BaseException) -> bool:
+        """Whether a server says no: a queue has other properties, say, or its memory is full."""
+        return isinstance(exc, getattr(self._connection, "channel_errors", ()))
+
+    def _publish(self, row: Row) -> None:
+        expires_at, message, producer = row["expires_at"], message_of_row(row), self._producer()
+        options = {**message["options"], "task_id": row["job_id"], "queue": row["queue"], "retries": row["retry_count"]}
+        if self._app.settings.broker_kind is RABBITMQ and (exchange := options.get("exchange")):
+            self._look_for(exchange, producer)
+        self._app.publish(
+            row["task_type"],
+            message["args"],
+            message["kwargs"],
+            publication=row["publication"],
+            priority=row["priority"],
+            has_begun=row["deliveries"] > 0,
+            expires=expires_at.isoformat() if expires_at is not None else None,
+            options=options | {"producer": producer, "retry": False},
+        )
+
+    def _look_for(self, exchange: str, producer: Any) -> None:
+        """RabbitMQ drops what is sent to an exchange that it does not have, and says so too late."""
+        try:
+            producer.channel.exchange_declare(exchange, "direct", passive=True)
+        except NotFound as exc:
+            raise InvalidArguments(f"the broker has no exchange {exchange!r}; declare it, or leave it out") from exc
 
     def _producer(self) -> Any:
         if self._connection is None:

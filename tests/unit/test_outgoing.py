@@ -1,13 +1,17 @@
 """Jobs that rest in their rows are sent when they are due."""
 
+import select
 from datetime import datetime, timedelta
 
 import pytest
+from celery import chain
 from kombu.exceptions import OperationalError
 
 from db.records import now
+from tasks.broker.ledger import ledger_of
 from tasks.outgoing import Dispatcher
 from tests.acceptance.deployment import deployed
+from tests.tooling.waiting import eventually
 from tests.unit.jobs import change, claim, messages, new_job, publications
 
 
@@ -90,29 +94,137 @@ def test_a_broker_that_is_away_is_asked_once_a_round_and_not_for_each_job(server
 def test_a_job_that_the_broker_refused_is_not_due_again_at_once(producer, app, dispatcher, add, monkeypatch):
     job = add.apply_async((1, 1), countdown=60)
     change(app, job, run_after_utc=now())
-    monkeypatch.setattr(app, "publish", lambda *args, **options: 1 / 0)
+
+    def refuse(*_args, **_options):
+        raise OperationalError("refused")
+
+    monkeypatch.setattr(app, "publish", refuse)
 
     dispatcher.publish_due(10)
 
     assert app.store.next_due_s() > 0.5
 
 
-def test_a_job_that_can_not_be_sent_does_not_keep_others_from_it(producer, app, dispatcher, add, monkeypatch):
-    bad, good = add.apply_async((1, 1), countdown=60, priority=10), add.apply_async((2, 2), countdown=60)
-    for job in (bad, good):
-        change(app, job, run_after_utc=now())
-    publish = app.publish
+@pytest.fixture
+def publish(app, monkeypatch):
+    """A function: have the publish of a job raise an error, so many times."""
+    publish, errors = app.publish, {}
 
-    def publish_but_the_first(*args, options, **more):
-        if options["task_id"] == bad.id:
-            raise ValueError("it is too large")
+    def published(*args, options, **more):
+        if left := errors.get(options["task_id"]):
+            raise left.pop()
         publish(*args, options=options, **more)
 
-    monkeypatch.setattr(app, "publish", publish_but_the_first)
+    monkeypatch.setattr(app, "publish", published)
+    return lambda job, error, times: errors.update({job.id: [error] * times})
+
+
+def due(app, add, *priorities):
+    jobs = [add.apply_async((n, n), countdown=60, priority=priority) for n, priority in enumerate(priorities)]
+    for job in jobs:
+        change(app, job, run_after_utc=now())
+    return jobs
+
+
+def test_a_job_whose_message_no_broker_would_take_fails_and_keeps_no_other_from_being_sent(
+    producer, app, dispatcher, add, publish
+):
+    first, bad, last = due(app, add, 9, 5, 1)
+    publish(bad, TypeError("it can't be encoded"), 2)
+
+    assert dispatcher.publish_due(10) == 3
+
+    row = producer.row(bad)
+    assert (row["status"], row["error_type"], row["error_message"]) == ("failed", "TypeError", "it can't be encoded")
+    assert producer.events(bad) == ["created", "failed"]
+    assert publications(producer, "add") == [(first.id, 1), (last.id, 1)]
+    assert dispatcher.publish_due(10) == 0
+    assert not dispatcher.is_broker_away
+
+
+def test_what_waits_for_a_job_that_can_t_be_sent_hears_of_it(producer, app, dispatcher, add, publish):
+    last = chain(add.s(1, 1).set(countdown=60), add.s(2))()
+    change(app, last.parent, run_after_utc=now())
+    publish(last.parent, ValueError("it is too large"), 2)
+
     dispatcher.publish_due(10)
 
-    assert publications(producer, "add") == [(good.id, 1)]
-    assert producer.row(bad)["published_at"] is None
+    assert producer.row(last)["status"] == "failed"
+
+
+def test_an_error_of_a_connection_that_breaks_is_not_the_next_job_s(producer, app, dispatcher, add, publish):
+    jobs = due(app, add, 9, 5)
+    publish(jobs[1], AttributeError("'NoneType' object has no attribute 'send'"), 1)
+
+    dispatcher.publish_due(10)
+
+    assert publications(producer, "add") == [(job.id, 1) for job in jobs]
+
+
+@pytest.fixture
+def on_rabbitmq(server_dir, tmp_path, fresh_rabbitmq_url):
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": fresh_rabbitmq_url}) as deployment:
+        dispatcher = Dispatcher(deployment.app)
+        yield deployment, dispatcher
+        dispatcher.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error_type", "message"),
+    [
+        ({"headers": {"number": 2**70}}, "error", "int too large to convert"),
+        (
+            {"exchange": "nowhere"},
+            "InvalidArguments",
+            "the broker has no exchange 'nowhere'; declare it, or leave it out",
+        ),
+    ],
+    ids=["header", "exchange"],
+)
+def test_what_rabbitmq_can_not_take_fails(on_rabbitmq, options, error_type, message):
+    deployment, dispatcher = on_rabbitmq
+    bad = deployment.task.add.apply_async((1, 1), countdown=60, priority=9, **options)
+    good = deployment.task.add.apply_async((2, 2), countdown=60)
+    for job in (bad, good):
+        change(deployment.app, job, run_after_utc=now())
+
+    dispatcher.publish_due(10)
+
+    row = deployment.row(bad)
+    assert (row["status"], row["error_type"], row["error_message"]) == ("failed", error_type, message)
+    assert deployment.row(good)["published_at"] is not None
+    eventually(lambda: ledger_of(deployment.app).ready(["add"]) == {"add": 1}, 5)
+
+
+def test_what_rabbitmq_refused_before_is_not_the_next_job_s(on_rabbitmq):
+    """It says so when the next message comes."""
+    deployment, dispatcher = on_rabbitmq
+    bad = deployment.task.add.apply_async((1, 1), countdown=60, priority=9, delivery_mode=7)
+    good = deployment.task.add.apply_async((2, 2), countdown=60)
+    change(deployment.app, bad, run_after_utc=now())
+    dispatcher.publish_due(10)
+    socket = dispatcher._outlet._connection.connection.transport.sock
+    eventually(lambda: select.select([socket], [], [], 0)[0], 5)
+    change(deployment.app, good, run_after_utc=now())
+
+    dispatcher.publish_due(10)
+
+    assert (deployment.row(good)["status"], deployment.row(good)["published_at"] is None) == ("queued", False)
+    eventually(lambda: ledger_of(deployment.app).ready(["add"]) == {"add": 1}, 5)
+
+
+def test_a_job_of_a_queue_that_rabbitmq_has_with_other_properties_rests(on_rabbitmq):
+    """An operator can mend it."""
+    deployment, dispatcher = on_rabbitmq
+    job = deployment.task.add.apply_async((1, 1), countdown=60)
+    change(deployment.app, job, run_after_utc=now())
+    with deployment.app.connection_for_write() as connection:
+        connection.default_channel.queue_declare("add", durable=True, auto_delete=False)
+
+    dispatcher.publish_due(10)
+
+    assert (deployment.row(job)["status"], deployment.row(job)["published_at"]) == ("queued", None)
+    assert not dispatcher.is_broker_away
 
 
 def test_headers_of_the_caller_are_sent_again(producer, app, dispatcher, add):
