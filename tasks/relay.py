@@ -10,6 +10,7 @@ How far running jobs are is told twice a second, unconfirmed.
 
 import logging
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
@@ -31,7 +32,8 @@ LOOK_AT_DUTY_EVERY_S: Final = 5.0
 PROGRESS_EVERY_S: Final = 0.5
 # What was told since the last time is told again after a relay's death.
 RECORD_EVERY_S: Final = 1.0
-MOST_GAPS: Final = 500
+# One is left by each change of a transaction beside which others write; so many take 3 MB, and a look at them 0.05 s.
+MOST_GAPS: Final = 10_000
 NOT_RISEN: Final = (0, 0.0)
 
 
@@ -216,12 +218,16 @@ class LogReader:
 
     Ids that are missing may still come to be seen: they are looked for until no transaction is left that could hold
     them. `position` is the last id below which nothing can come.
+
+    All is read at one moment: a change of a job never comes before an earlier one that was missing. Behind MOST_GAPS
+    ranges of missing ids nothing new is read until the transactions that hold them end, which is said once.
     """
 
     def __init__(self, store: "Store", position: int) -> None:
         self._store: Final = store
         self._top = position
         self._missing: dict[tuple[int, int], frozenset[str]] = {}
+        self._is_full_said = False
 
     @property
     def position(self) -> int:
@@ -235,16 +241,11 @@ class LogReader:
     def read(self, limit: int) -> list[Row]:
         """The next rows by id; rows that were missing come first."""
         writers = self._store.log_writers() if self._missing else frozenset()
-        after = self._top if len(self._missing) < MOST_GAPS else None
-        rows = self._store.changes(after, list(self._missing), limit=limit, result_bytes=LONGEST_RESULT_BYTES)
+        rows = self._store.changes(
+            None if self._is_full() else self._top, list(self._missing), limit=limit, result_bytes=LONGEST_RESULT_BYTES
+        )
         found = [row["id"] for row in rows]
-        is_all = len(rows) < limit
-        self._missing = {
-            gap: suspects
-            for whole, suspects in self._missing.items()
-            if not is_all or suspects & writers
-            for gap in _without(whole, found)
-        }
+        self._missing = self._still_missing(found, writers, is_all=len(rows) < limit)
         if found and found[-1] > self._top:
             gaps = _without((self._top + 1, found[-1]), found)
             if gaps and not self._store.database.is_sqlite:
@@ -252,14 +253,36 @@ class LogReader:
             self._top = found[-1]
         return rows
 
+    def _still_missing(
+        self, found: Sequence[int], writers: frozenset[str], *, is_all: bool
+    ) -> dict[tuple[int, int], frozenset[str]]:
+        """The ranges that are left, each with those writers that may still fill it; what none may fill is dropped."""
+        left: dict[tuple[int, int], frozenset[str]] = {}
+        alike: dict[frozenset[str], frozenset[str]] = {}  # thousands of ranges wait for the same few
+        for whole, suspects in self._missing.items():
+            living = suspects & writers
+            if living or not is_all:
+                left |= dict.fromkeys(_without(whole, found), alike.setdefault(living, living))
+        return left
+
+    def _is_full(self) -> bool:
+        is_full = len(self._missing) >= MOST_GAPS
+        if is_full and not self._is_full_said:
+            self._is_full_said = True
+            logger.warning(
+                "events are told later: a transaction of the job database has been open for more than %d changes of "
+                "others (pg_stat_activity shows it); end it, and keep those that submit jobs short",
+                MOST_GAPS,
+            )
+        return is_full
+
 
 def _without(whole: tuple[int, int], found: Sequence[int]) -> list[tuple[int, int]]:
-    """What is left of a range of ids."""
+    """What is left of a range of ids; `found` is in order."""
     first, last = whole
     left = []
-    for number in found:
-        if first <= number <= last:
-            if number > first:
-                left.append((first, number - 1))
-            first = number + 1
+    for number in found[bisect_left(found, first) : bisect_right(found, last)]:
+        if number > first:
+            left.append((first, number - 1))
+        first = number + 1
     return [*left, (first, last)] if first <= last else left

@@ -44,6 +44,17 @@ _CHANGES: Final = (
     .limit(bindparam("b_limit"))
 )
 _CHANGES_AFTER: Final = _CHANGES.where(_log.id > bindparam("b_after"))
+# Thousands of ranges are one statement of one length, and one look into the index each.
+_CHANGES_OR_LATE: Final = _CHANGES.where(
+    _log.id.in_(
+        text(
+            "SELECT late.id FROM unnest(CAST(:b_firsts AS bigint[]), CAST(:b_lasts AS bigint[])) AS range (first, last)"
+            " CROSS JOIN LATERAL (SELECT id FROM task_logs WHERE id BETWEEN range.first AND range.last"
+            " ORDER BY id LIMIT :b_limit) AS late"
+            " UNION ALL (SELECT id FROM task_logs WHERE id > CAST(:b_after AS bigint) ORDER BY id LIMIT :b_limit)"
+        ).columns(_log.id)
+    )
+)
 _LAST: Final = select(func.max(_log.id))
 # The others name the worker of the attempt, whoever writes them: a command, or a reconciler, perhaps of a worker that
 # is just starting.
@@ -122,6 +133,9 @@ class Relaying(Part):
         bound = {"b_limit": limit, "b_result_bytes": result_bytes}
         if not missing and after is not None:
             return self._rows(_CHANGES_AFTER, {**bound, "b_after": after})
+        if not self.database.is_sqlite:
+            firsts, lasts = [first for first, _ in missing], [last for _, last in missing]
+            return self._rows(_CHANGES_OR_LATE, {**bound, "b_after": after, "b_firsts": firsts, "b_lasts": lasts})
         wanted: list[ColumnElement[bool]] = [_log.id.between(first, last) for first, last in missing]
         if after is not None:
             wanted.append(_log.id > after)

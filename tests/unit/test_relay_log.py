@@ -113,10 +113,58 @@ def test_a_large_gap_costs_one_range(store, another):
     assert reader._missing == {}
 
 
+def interleave(connection, store, count):
+    """Log rows that two transactions have written in turns; the odd ones are of this connection's, which goes on."""
+    write = (
+        "INSERT INTO task_logs (id, sequence, event_type, created_at)"
+        " SELECT 2 * number - {}, 1, 'started', now() FROM generate_series(1, {}) AS number"
+    )
+    connection.exec_driver_sql(write.format(1, count))
+    with store.database.transaction() as other:
+        other.exec_driver_sql(write.format(0, count))
+        other.exec_driver_sql(f"SELECT setval(pg_get_serial_sequence('task_logs', 'id'), {2 * count})")
+
+
+def test_thousands_of_gaps_keep_nothing_back(store, another):
+    reader = LogReader(store, 0)
+    with another.database.transaction() as connection:
+        interleave(connection, store, 3000)
+        assert [row["id"] for row in reader.read(4000)] == list(range(2, 6001, 2))
+        assert len(reader._missing) == 3000
+        enqueue(store, "new")
+        assert read(reader) == ["new"]
+        assert reader.position == 0
+        assert len({id(suspects) for suspects in reader._missing.values()}) == 1
+
+    enqueue(store, "after")
+    assert [row["id"] for row in reader.read(1000)] == list(range(1, 2000, 2))
+    late = [*reader.read(1500), *reader.read(1000)]
+    assert [row["id"] for row in late] == [*range(2001, 6000, 2), 6002]
+    assert (read(reader), reader.position, reader.has_gaps) == ([], 6002, False)
+
+
+def test_behind_too_many_gaps_it_waits_for_the_end_of_the_transaction_and_says_so_once(
+    store, another, monkeypatch, caplog
+):
+    monkeypatch.setattr("tasks.relay.MOST_GAPS", 3)
+    reader = LogReader(store, 0)
+    with another.database.transaction() as connection:
+        interleave(connection, store, 3)
+        assert [row["id"] for row in reader.read(100)] == [2, 4, 6]
+        enqueue(store, "new")
+        assert (read(reader), read(reader)) == ([], [])
+        (record,) = caplog.records
+        assert "keep those that submit jobs short" in record.getMessage()
+
+    assert [row["id"] for row in reader.read(100)] == [1, 3, 5]
+    assert (read(reader), reader.position) == (["new"], 7)
+
+
 def test_ranges_are_split_by_what_is_found():
     assert _without((1, 10), [3, 4, 7]) == [(1, 2), (5, 6), (8, 10)]
     assert _without((1, 3), [1, 2, 3]) == []
     assert _without((5, 6), [1, 9]) == [(5, 6)]
+    assert _without((5, 6), [1, 6, 9]) == [(5, 5)]
     assert _without((1, 2), []) == [(1, 2)]
 
 
