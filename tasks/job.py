@@ -202,7 +202,7 @@ class Job(Task):
     @property
     def _has_row(self) -> bool:
         """Whether a message is run: a plain call of the function has no row, nor has a task that is not recorded."""
-        return not self.request.called_directly and bool(self.app.is_recorded(self.name))
+        return not self.request.called_directly and self.app.is_recorded(self.name)
 
     def _owns(self) -> bool:
         return self.app.patiently(lambda: self.app.store.owns(self.request.id, self.request.attempt))
