@@ -90,11 +90,14 @@ class Relaying(Part):
     """Reads for a relay, and its place in the log, which is kept with its duty."""
 
     def begin_relay(self, duty: str) -> None:
-        """Fix where the log is told from, at the very first time: what no worker has touched yet is told from its first
-        change on, and not the history of workers that told nothing (BROADCAST_TYPE=noop).
+        """Fix where the log is told from, at the very first time: behind the last row that a worker wrote on a job.
 
-        So it has to come before a worker that relays can claim a job. That first time it reads the log backwards to the
-        last row that a worker wrote on a job: all of it, if there is none.
+        So what was submitted before the first worker is told from its first change on, and the history of workers that
+        told nothing (BROADCAST_TYPE=noop) is not told. What still waited then, older than their last change, is told
+        from its next change on: its first number is above 1.
+
+        It has to come before a worker that relays can claim a job. That first time it reads the log backwards to the
+        last row of a worker: all of it, if there is none.
         """
         position = select(duties.c.position).where(duties.c.name == duty)
         with self._reading() as connection:
