@@ -66,7 +66,7 @@ class LostMessages:
         ready = ledger.ready(published)
         for queue, jobs in published.items():
             # No paging here: the same jobs have to be seen twice, and those published again make room for the next.
-            rows = self._app.store.published_in(queue, before, limit=IN_ONE_LOOK)
+            rows = self._app.store.published_first_in(queue, before, limit=IN_ONE_LOOK)
             unheld = {(row["job_id"], row["publication"]): row for row in rows if row["job_id"] not in reserved}
             # A worker may have reserved as many as it has slots since its last heartbeat.
             slots = sum(worker["concurrency"] for worker in live if queue in worker["capabilities"])

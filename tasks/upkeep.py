@@ -6,6 +6,7 @@ tables reconciled. A round that fails (the database does not answer) is said onc
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,29 @@ logger = logging.getLogger(__name__)
 ROUND_S: Final = 1.0
 STOP_WITHIN_S: Final = 2.0
 LOOK_FOR_DEAD_CHILDREN_S: Final = 0.25
-DUTY: Final = "reconciler"
+
+
+class Housework:
+    """What one worker does for all, in a thread of its own. Who is stuck in it loses the duty, and finds that out when
+    it goes on: all that is done here is fenced.
+    """
+
+    def __init__(self, duty: Duty, call: Callable[[], float]) -> None:
+        self.duty: Final = duty
+        self._call: Final = call
+        self._came_round_at = math.inf
+
+    def round(self) -> float:
+        """Do it, if this is the worker; seconds until the next round."""
+        self._came_round_at = time.monotonic()
+        return self._call() if self.duty.is_held() else ROUND_S
+
+    def leave_if_stuck(self, after_s: float) -> None:
+        """Called by another thread: a disk or a server that does not answer may hold this one for ever."""
+        if time.monotonic() - self._came_round_at > after_s:
+            logger.warning("the %s has been stuck for %.0f s; another worker takes over", self.duty.name, after_s)
+            self._came_round_at = math.inf
+            self.duty.leave()
 
 
 class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
@@ -44,15 +67,19 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._app: Final[MediaTasks] = worker.app
         self._worker: Final = worker
         self._heartbeat: Final = Heartbeat(worker.app, worker)
-        self._duty: Final = Duty(worker.app, DUTY)
         self._reconciler: Final = Reconciler(worker.app)
         self._dispatcher: Final = Dispatcher(worker.app)
         self._beat_due = self._reconcile_due = 0.0
         self._unclaimed: set[tuple[str, int]] = set()
         self._seen_at = now()
         self._stopping: Final = threading.Event()
-        # Two: a broker that does not answer must not keep the lease from being renewed.
-        rounds = {"upkeep": self.round, "housekeeping": self.keep_house}
+        self._housework: Final = {
+            name: Housework(Duty(worker.app, name), call)
+            for name, call in {"dispatcher": self.dispatch, "reconciler": self.reconcile}.items()
+        }
+        # A thread each: a broker or a disk that does not answer must not keep the lease from being renewed, nor what is
+        # due from being published.
+        rounds = {"upkeep": self.round} | {name: work.round for name, work in self._housework.items()}
         self._threads: Final = [
             threading.Thread(target=self._repeat, args=(name, call), name=name, daemon=True)
             for name, call in rounds.items()
@@ -74,7 +101,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             thread.join(timeout=STOP_WITHIN_S)
         self._heartbeat.status = WorkerStatus.STOPPED
         self._heartbeat.say(Event.STOPPED)
-        for leave in (self._duty.leave, self._app.leases.release):
+        for leave in (*(work.duty.leave for work in self._housework.values()), self._app.leases.release):
             try:
                 leave()
             except SQLAlchemyError as exc:
@@ -132,25 +159,32 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             self._close_unclaimed()
             if was_draining == self.is_draining:  # else that is shown at the next round
                 self._beat_due = time.monotonic() + self._app.settings.lease_renew_s
+        self._notice_lost_time()
         self._stop_cancelled()
         self._keep_pauses()
+        for work in self._housework.values():
+            work.leave_if_stuck(self._app.settings.lease_timeout_s)
         return ROUND_S
 
-    def keep_house(self) -> float:
-        """What one worker does for all, if this is the one; seconds until the next round."""
-        seen_at, self._seen_at = self._seen_at, now()
-        if abs((self._seen_at - seen_at).total_seconds()) > self._app.settings.lease_timeout_s:
-            self._app.leases.interrupted()  # the machine slept, or its clock was set: others are late, too
-        if not self._duty.is_held():
-            return ROUND_S
+    def reconcile(self) -> float:
+        """Mend what disagrees, every LEASE_RENEW_S; seconds until the next round."""
         if time.monotonic() >= self._reconcile_due:
             self._reconcile_due = time.monotonic() + self._app.settings.lease_renew_s
             self._reconciler.round()
+        return ROUND_S
+
+    def dispatch(self) -> float:
+        """Publish what is due; seconds until the next round."""
         wait_s = self._dispatcher.round()
         if self._dispatcher.is_broker_away:
-            self._duty.leave()
+            self._housework["dispatcher"].duty.leave()
             return 2 * ROUND_S  # so that a worker which reaches the broker gets it
         return wait_s
+
+    def _notice_lost_time(self) -> None:
+        seen_at, self._seen_at = self._seen_at, now()
+        if abs((self._seen_at - seen_at).total_seconds()) > self._app.settings.lease_timeout_s:
+            self._app.leases.interrupted()  # the machine slept, or its clock was set: others are late, too
 
     def _stop_cancelled(self) -> None:
         """End the processes of jobs that were cancelled while they ran."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import func, select, type_coerce, update
+from sqlalchemy import Select, func, select, type_coerce, update
 
 from db.models import UTCDateTime, task_queue
 from db.records import Event, Row, Status, now
@@ -58,13 +58,11 @@ class Dispatch(Part):
 
     def published_in(self, queue: str, before: datetime, *, after_id: int = 0, limit: int = 1000) -> list[Row]:
         """Queued jobs of one queue that were published before this time, by id; `after_id` pages on."""
-        columns = (_job.id, _job.job_id, _job.publication, _job.priority, _job.run_after_utc, _job.published_at)
-        return self._rows(
-            select(*columns)
-            .where(_job.queue == queue, _IS_QUEUED, _job.published_at < before, _job.id > after_id)
-            .order_by(_job.id)
-            .limit(limit)
-        )
+        return self._rows(_published_in(queue, before).where(_job.id > after_id).order_by(_job.id).limit(limit))
+
+    def published_first_in(self, queue: str, before: datetime, *, limit: int) -> list[Row]:
+        """As `published_in`, those first whose message was sent first: who gets a new one goes to the end."""
+        return self._rows(_published_in(queue, before).order_by(_job.published_at, _job.id).limit(limit))
 
     def newest_running(self, queue: str) -> dict[int, int]:
         """Of each priority, the id of the newest row of a queue that is running."""
@@ -100,3 +98,8 @@ class Dispatch(Part):
         """Queued jobs of one queue, whatever they wait for."""
         statement = select(task_queue).where(_job.queue == queue, _IS_QUEUED).order_by(_job.id).limit(limit)
         return self._rows(statement)
+
+
+def _published_in(queue: str, before: datetime) -> Select[Any]:
+    columns = (_job.id, _job.job_id, _job.publication, _job.priority, _job.run_after_utc, _job.published_at)
+    return select(*columns).where(_job.queue == queue, _IS_QUEUED, _job.published_at < before)

@@ -54,7 +54,7 @@ def leases_of_its_own() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Puts the clock of who judges others, and of the guard, forward: `clock.pass_s(10)`."""
     clock = Clock()
-    for module in ("tasks.reconciler", "tasks.lost_messages", "tasks.leases", "tasks.job"):
+    for module in ("tasks.reconciler", "tasks.lost_messages", "tasks.leases", "tasks.job", "tasks.upkeep"):
         monkeypatch.setattr(f"{module}.time", clock)
     return clock
 

@@ -432,15 +432,20 @@ def test_a_message_that_was_sent_late_is_overtaken_by_jobs_that_came_after_it(ap
     assert found_twice(reconciler, clock) == {late.id}
 
 
-def test_more_lost_messages_than_one_look_takes_are_all_found_in_the_end(
-    app, reconciler, counting, clock, add, monkeypatch
+def test_more_lost_messages_than_one_look_takes_are_found_one_after_the_other(
+    app, reconciler, counting, clock, dispatcher, add, monkeypatch
 ):
     monkeypatch.setattr("tasks.lost_messages.IN_ONE_LOOK", 2)
-    jobs = [add.delay(n, n) for n in range(5)]
-    settled(app, *jobs)
+    jobs = [add.delay(n, n) for n in range(7)]
+    for job in jobs:
+        change(app, job, published_at=now() - timedelta(seconds=60))
 
-    for _ in range(20):
-        mend(reconciler.lost_messages())
+    for _ in range(30):
+        sent = mend(reconciler.lost_messages())
+        dispatcher.publish_due(100)
+        counting.count += len(sent)
+        settled(app, *(job for job in jobs if job.id in sent))
         clock.pass_s(5)
 
-    assert [app.store.job(job.id)["publication"] for job in jobs] == [2] * 5
+    publications = sorted(app.store.job(job.id)["publication"] for job in jobs)
+    assert publications in ([2] * 7, [2] * 6 + [3]), "the last look takes one more"

@@ -8,8 +8,9 @@ from kombu.exceptions import OperationalError
 
 from db.records import now
 from tasks import request
+from tasks.duty import Duty
 from tasks.leftovers import token_of
-from tasks.upkeep import DUTY, Upkeep
+from tasks.upkeep import ROUND_S, Housework, Upkeep
 from tests.tooling.waiting import eventually
 from tests.unit.jobs import ELSEWHERE, change, claimed_by, new_job, silent_for
 
@@ -23,19 +24,27 @@ def upkeep(app, clock):
     return Upkeep(SimpleNamespace(app=app))
 
 
-def keep_house(upkeep):
+def reconcile(upkeep):
     """A round in which the reconciler's turn has come."""
     upkeep._reconcile_due = 0.0
-    upkeep.keep_house()
+    upkeep._housework["reconciler"].round()
 
 
-def test_who_stops_leaves_its_duty_and_its_lease(app, upkeep):
+def dispatch(upkeep):
+    upkeep._housework["dispatcher"].round()
+
+
+def holders(app):
+    return {app.store.duty_holder(name) for name in ("dispatcher", "reconciler")}
+
+
+def test_who_stops_leaves_its_duties_and_its_lease(app, upkeep):
     upkeep.start(None)
-    eventually(lambda: app.store.duty_holder(DUTY) == app.lease, 10)
+    eventually(lambda: holders(app) == {app.lease}, 10)
 
     upkeep.stop(None)
 
-    assert app.store.duty_holder(DUTY) is None
+    assert holders(app) == {None}
     assert app.store.holders() == []
     assert [worker["status"] for worker in app.store.workers()] == ["stopped"]
 
@@ -56,17 +65,18 @@ def test_after_the_machine_slept_or_its_clock_was_set_silence_counts_anew(
     timeout_s = producer.app.settings.lease_timeout_s
     job = add.delay(1, 1)
     claimed_by(producer.app, job, "asleep", host_id=ELSEWHERE)
-    keep_house(upkeep)
+    reconcile(upkeep)
     silent_for(producer.app, 60, "asleep")
 
     monkeypatch.setattr("tasks.upkeep.now", lambda: now() + timedelta(seconds=step_s))
-    keep_house(upkeep)
+    upkeep._notice_lost_time()
+    reconcile(upkeep)
     clock.pass_s(timeout_s - 5)
-    keep_house(upkeep)
+    reconcile(upkeep)
     assert producer.row(job)["status"] == "running"
 
     clock.pass_s(5)
-    keep_house(upkeep)
+    reconcile(upkeep)
     assert producer.row(job)["status"] == "queued"
 
 
@@ -74,15 +84,38 @@ def test_a_worker_that_does_not_reach_the_broker_leaves_what_is_due_and_its_duty
     producer, app, upkeep, add, monkeypatch
 ):
     job = add.apply_async((1, 1), countdown=60)
-    keep_house(upkeep)
-    assert app.store.duty_holder(DUTY) == app.lease
+    dispatch(upkeep)
+    assert app.store.duty_holder("dispatcher") == app.lease
     change(app, job, run_after_utc=now())
     monkeypatch.setattr(app, "connection_for_write", Unreachable)
 
-    keep_house(upkeep)
+    dispatch(upkeep)
 
-    assert app.store.duty_holder(DUTY) is None
+    assert app.store.duty_holder("dispatcher") is None
     assert (producer.row(job)["status"], producer.row(job)["published_at"]) == ("queued", None)
+
+
+def test_who_is_stuck_in_its_housework_loses_the_duty_and_goes_on_without_it(app, upkeep, clock, caplog):
+    done = []
+
+    def be_stuck():
+        assert app.store.duty_holder("reconciler") == app.lease
+        work.leave_if_stuck(15.0)
+        assert app.store.duty_holder("reconciler") == app.lease, "not for so long yet"
+        clock.pass_s(16)
+        for _ in range(2):  # by the upkeep's thread
+            work.leave_if_stuck(15.0)
+        assert app.store.take_duty("reconciler", "lease of another", after=None)
+        done.append(1)
+        return ROUND_S
+
+    work = Housework(Duty(app, "reconciler"), be_stuck)
+
+    work.round()
+
+    assert "the reconciler has been stuck for 15 s" in caplog.text
+    assert caplog.text.count("stuck") == 1
+    assert done == [1]
 
 
 class Unreachable:
