@@ -145,6 +145,15 @@ def test_no_more_than_the_window_is_told_at_a_time(relay, store, sink):
     assert len(sink.taken()) == 5
 
 
+def test_what_is_more_than_a_window_is_told_although_nothing_new_is_written(relay, store, sink, monkeypatch):
+    monkeypatch.setattr("tasks.relay.RECORD_EVERY_S", 60)  # else the relay itself writes something each time
+    enqueue(store, *map(str, range(45)))
+
+    go(relay, sink, rounds=5)
+
+    assert [event["job_id"] for event in sink.told] == list(map(str, range(45)))
+
+
 def test_rows_of_workers_are_no_events(relay, store, sink):
     store.log_worker("w", "started", "worker started")
     enqueue(store, "a")
