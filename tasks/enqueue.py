@@ -27,7 +27,6 @@ from tasks.broker.errors import BrokerError
 from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, UnknownTask
 from tasks.job import Job, follows_up
 from tasks.options import check_options, due, expiry, refused
-from tasks.remedy import is_transient
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
 from tasks.values import LONGEST_NAME, LONGEST_S, is_name
 
@@ -270,8 +269,8 @@ def _publish(
     *,
     is_patient: bool,
 ) -> None:
-    """Send the message of a row. If the broker doesn't take it, a worker's job rests until it does; a producer is told,
-    and its job failed. What no broker would take (a bug, say) fails as `send` has it.
+    """Send the message of a row. If that fails, a producer is told, and its job failed. A worker's job rests: it is the
+    dispatcher who sends it when the broker takes it, or fails it if none would.
 
     Raises:
         SoftTimeLimitExceeded: It struck the body that submits the job, which rests.
@@ -297,16 +296,10 @@ def _publish(
             if error is exc:
                 raise
             raise error from exc
-        if isinstance(exc, (SoftTimeLimitExceeded, OperationalError, OSError)) or is_transient(exc):
-            logger.warning("%s[%s] could not be published, and rests: %r", name, task_id, exc)
-            app.patiently(lambda: app.store.rest(task_id, publication.number))
-            if isinstance(exc, SoftTimeLimitExceeded) and _interrupts_body(app, task_id):
-                raise
-            return
-        logger.exception("%s[%s] can't be published", name, task_id)
-        request = unsent(name, args, kwargs, options)
-        request.publication = publication.number
-        app.backend.mark_as_failure(task_id, exc, request=request)
+        logger.warning("%s[%s] could not be published, and rests: %r", name, task_id, exc)
+        app.patiently(lambda: app.store.rest(task_id, publication.number))
+        if isinstance(exc, SoftTimeLimitExceeded) and _interrupts_body(app, task_id):
+            raise
 
 
 def _interrupts_body(app: "MediaTasks", task_id: str) -> bool:

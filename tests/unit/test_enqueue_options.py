@@ -4,6 +4,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from amqp.exceptions import InternalError, NotAllowed, NotFound
 from celery import chain, chord, group
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import TimeoutError as ResultTimeout
@@ -11,6 +12,7 @@ from kombu.exceptions import OperationalError
 
 from db.records import Status, now
 from tasks.errors import InvalidArguments, UnknownQueue
+from tasks.outgoing import Dispatcher
 from tasks.rows import describe
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import change, claim, messages, new_job, publications, run
@@ -238,8 +240,6 @@ def test_headers_of_the_caller_are_kept_in_the_row(producer, add):
 
 
 def test_with_the_outbox_the_row_is_enough_and_a_worker_sends_the_message(server_dir, tmp_path):
-    from tasks.outgoing import Dispatcher
-
     with deployed(server_dir, tmp_path, {"ENQUEUE": "outbox"}) as deployment:
         job = deployment.task.add.apply_async((1, 2), priority=8)
         assert not list(server_dir.glob("broker.db"))
@@ -513,27 +513,52 @@ def test_a_soft_time_limit_that_strikes_while_a_body_retries_itself_does_not_end
     assert (row["status"], row["task_type"], row["published_at"], row["publication"]) == ("queued", "add", None, 3)
 
 
-def test_a_job_that_no_broker_would_take_fails_with_what_depends_on_it_and_is_no_fault_of_its_parent(
-    producer, task, add, failing, caplog
+@pytest.fixture
+def dispatcher(producer):
+    dispatcher = Dispatcher(producer.app)
+    yield dispatcher
+    dispatcher.close()
+
+
+def test_a_job_that_no_broker_would_take_fails_and_not_the_job_that_submits_it(
+    producer, task, failing, dispatcher, caplog
 ):
     outer = task.call_another.delay(1)
     failing.append(TypeError("a bug"))
 
     inner_id = run(task.call_another, outer.id, 1, publication=1)
+    assert producer.row(outer)["status"] == "completed"
+    assert f"add[{inner_id}] could not be published, and rests: TypeError('a bug')" in caplog.text
+    dispatcher.publish_due(10)
 
     row = producer.row(inner_id)
     assert (row["status"], row["error_type"], row["error_message"]) == ("failed", "TypeError", "a bug")
-    assert producer.row(outer)["status"] == "completed"
-    (record,) = [record for record in caplog.records if record.name == "tasks.enqueue"]
-    assert (record.levelname, record.exc_info[0]) == ("ERROR", TypeError)
 
 
-def test_the_steps_behind_one_that_no_broker_would_take_fail_with_it(producer, add, failing):
+@pytest.mark.parametrize("refusal", [NotAllowed("no such vhost"), NotFound("no such queue"), InternalError("a crash")])
+def test_a_job_that_rabbitmq_refuses_from_within_a_worker_rests(server_dir, tmp_path, refusal):
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": "amqp://127.0.0.1:9//"}) as deployment:
+        app, task = deployment.app, deployment.task
+        app.store.enqueue(new_job("outer", task_type="call_another", queue="call_another"))
+
+        def refuse(*args, **options):
+            raise refusal
+
+        app.amqp.__dict__["send_task_message"] = refuse
+
+        inner_id = run(task.call_another, "outer", 1, publication=1)
+
+        row = deployment.row(inner_id)
+        assert (row["status"], row["published_at"], row["publication"]) == ("queued", None, 2)
+
+
+def test_the_steps_behind_one_that_no_broker_would_take_fail_with_it(producer, add, failing, dispatcher):
     last = chain(add.s(1, 1), add.s(1), add.s(2))()
     message = producer.row(last.parent.parent)["message"]["options"]
     failing.append(TypeError("a bug"))
 
     assert run(add, last.parent.parent.id, 1, 1, publication=1, chain=message["chain"]) == 2
+    dispatcher.publish_due(10)
 
     for step in (last.parent, last):
         row = producer.row(step)
