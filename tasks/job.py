@@ -125,13 +125,20 @@ class Job(Task):
                     return exc
                 return PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)")
             case SoftTimeLimitExceeded():
-                if self.app.waited_s - self.request.waited_before_s > OUTAGE_S:
+                if self._waited_s > OUTAGE_S:
                     return self._given_back("its time went by in waiting for the job database")
                 error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
                 return self._retried(error) if self.retry_on_timeout else error
             case MemoryError():  # Celery's main process would take it for its own
                 return OutOfMemory(f"{self.name} ran out of memory; give it a smaller input, or the worker more")
         return self._retried(exc) if remedy.is_transient(exc) else exc
+
+    @property
+    def _waited_s(self) -> float:
+        """How much of its time this attempt has spent in waiting for its claim, and since then for the job database."""
+        request = self.request
+        waited_s: float = request.claimed_at - request.asked_at + self.app.waited_s - request.waited_before_s
+        return waited_s
 
     def _retried(self, exc: Exception) -> Any:
         """The retry that is on its way; the error itself after the last one, or in an eager run, which has no later."""
@@ -317,7 +324,7 @@ class Job(Task):
             WorkerLost: The job was running on too many workers that died.
             Reject: A soft time limit struck while this waited for the database: the job has not begun.
         """
-        self.request.waited_before_s = self.app.waited_s
+        self.request.asked_at = time.monotonic()
         try:
             claim = self._asked(args, kwargs)
             if claim.decision in (Decision.RUN, Decision.POISON):
@@ -363,7 +370,7 @@ class Job(Task):
 
     def _begin(self, claim: Claim, args: Any, kwargs: Mapping[str, Any]) -> None:
         self.request.attempt = claim.attempt
-        self.request.claimed_at = time.monotonic()
+        self.request.claimed_at, self.request.waited_before_s = time.monotonic(), self.app.waited_s
         if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
             remove_temp_files(self, (args, kwargs), self.request.id, up_to=claim.attempt - 1)
         if claim.decision is Decision.POISON:

@@ -253,6 +253,18 @@ def test_a_job_whose_time_went_by_in_waiting_for_the_database_is_given_back(out_
     assert out_of_time(wait_for_the_database) == ("IGNORED", "queued", "released")
 
 
+def test_a_job_whose_time_went_by_before_its_claim_is_given_back(add, clock, out_of_time, monkeypatch):
+    ask = add._asked
+
+    def ask_for_long(*args):
+        clock.pass_s(2)
+        return ask(*args)
+
+    monkeypatch.setattr(add, "_asked", ask_for_long)
+
+    assert out_of_time(lambda: None) == ("IGNORED", "queued", "released")
+
+
 def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
     assert out_of_time(lambda: None) == ("FAILURE", "failed", "failed")
 
