@@ -44,6 +44,13 @@ PROGRESS_INTERVAL_S: Final = 0.5
 # A database that takes longer than this to answer has kept a job from its work.
 OUTAGE_S: Final = 1.0
 
+NO_ANSWER: Final = "the database did not answer"
+# One attempt whose time went by in an outage says nothing of its job; a third one in a row does: it hangs.
+SPARED_AT_MOST: Final = 2
+_ENDS_ATTEMPT: Final = frozenset(
+    {Event.RETRY, Event.REPLACED, Event.RELEASED, Event.LOST, Event.COMPLETED, Event.FAILED, Event.CANCELLED}
+)
+
 follows_up: Final[ContextVar[bool]] = ContextVar("follows_up", default=False)
 """Whether what is submitted follows from the end of another job, and so may be submitted twice."""
 
@@ -125,8 +132,8 @@ class Job(Task):
                     return exc
                 return PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)")
             case SoftTimeLimitExceeded():
-                if self._waited_s > OUTAGE_S:
-                    return self._given_back("its time went by in waiting for the job database")
+                if self._waited_s > OUTAGE_S and self._is_spared():
+                    return self._given_back(NO_ANSWER)
                 error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
                 return self._retried(error) if self.retry_on_timeout else error
             case MemoryError():  # Celery's main process would take it for its own
@@ -139,6 +146,9 @@ class Job(Task):
         request = self.request
         waited_s: float = request.claimed_at - request.asked_at + self.app.waited_s - request.waited_before_s
         return waited_s
+
+    def _is_spared(self) -> bool:
+        return self.app.patiently(lambda: is_spared(self.app, self.request.id))
 
     def _retried(self, exc: Exception) -> Any:
         """The retry that is on its way; the error itself after the last one, or in an eager run, which has no later."""
@@ -391,6 +401,29 @@ def poisoned(deaths: int, max_deaths: int) -> WorkerLost:
     return WorkerLost(
         f"{deaths} workers died while running this job (MAX_DEATHS={max_deaths}); look at its input, then replay it"
     )
+
+
+def is_spared(app: "MediaTasks", job_id: str) -> bool:
+    """Whether an attempt whose time goes by in an outage of the job database is given back, instead of failing the job.
+
+    A body that hangs does so too while the database comes and goes: after SPARED_AT_MOST such attempts in a row the
+    limit holds.
+    """
+    ends = [log["message"] for log in app.store.logs(job_id) if log["event_type"] in _ENDS_ATTEMPT]
+    return ends[-SPARED_AT_MOST:] != [NO_ANSWER] * SPARED_AT_MOST
+
+
+def close_out_of_time(app: "MediaTasks", row: Row, error: JobTimeout) -> None:
+    """End the attempt that a row stands at: its process was killed at its time limit, in an outage that let nobody say
+    so. The job is given back, or fails with `error` if it was spared too often.
+    """
+    if is_spared(app, row["job_id"]):
+        close_attempt(app, row, NO_ANSWER, is_death=False)
+        return
+    remove_temp_files_of_row(app, row)
+    request = request_of_row(row)
+    request.attempt = row["attempt"]
+    app.backend.mark_as_failure(row["job_id"], error, request=request)
 
 
 def close_attempt(app: "MediaTasks", row: Row, reason: str, *, is_death: bool = True) -> Closed | None:

@@ -26,7 +26,7 @@ from db.records import Closed, Event, Row, Status, now
 from tasks import remedy
 from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
-from tasks.job import OUTAGE_S, Job, close_attempt
+from tasks.job import NO_ANSWER, OUTAGE_S, Job, close_attempt, is_spared
 from tasks.leftovers import remove_temp_files
 from tasks.rows import describe
 
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GONE: Final = (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)
-spared: Final[set[str]] = set()
-"""Jobs whose processes were ended by no fault of theirs, and whose attempts could not be closed at once."""
+out_of_time: Final[dict[str, JobTimeout]] = {}
+"""Jobs whose processes were ended at their time limit, and what they fail with unless they are spared: the database did
+not answer, so that nothing could be said of them at once.
+"""
 
 processed: Final = {Status.COMPLETED: 0, Status.FAILED: 0}
 """How many jobs of this process have ended, for its heartbeat."""
@@ -131,17 +133,17 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         state.task_ready(self)
         self._kill_what_it_started()
         self._outcome = None
+        error = JobTimeout(self.task.timeout_message("hard", limit_s))
         had_its_time = self._had_its_time(limit_s)
         self._kill_child()
         if not had_its_time:
             logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
-            closed = self._close("the database did not answer", is_death=False)
+            closed = self._close(NO_ANSWER, is_death=False)
             if closed is None:
-                spared.add(self.id)
+                out_of_time[self.id] = error
             self.reject(requeue=closed is None)
             return
         self.app.patiently(self._remove_temp_files)
-        error = JobTimeout(self.task.timeout_message("hard", limit_s))
         logger.error("%s[%s]: %s", self.name, self.id, error)
         if not (self.task.retry_on_timeout and self._retry(error)):
             self._outcome = Status.FAILED
@@ -149,24 +151,25 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self.acknowledge()
 
     def _had_its_time(self, limit_s: float) -> bool:
-        """Whether the body had the time of its limit, or most of it went by in waiting for the job database.
+        """Whether the body had the time of its limit, or may have spent it in waiting for the job database, and is
+        spared for that.
 
         The child waits for the same database as this process: one write tells of an outage that goes on, and upkeep has
         seen one that is over. While the write waits the child's own may come first, and with it the job's end.
         """
         asked_at = time.monotonic()
-        if self.app.outage_at > asked_at - limit_s:
-            return False
         try:
             self.app.leases.renew()
             row = self.app.store.job(self.id)
+            was_away = self.app.outage_at > asked_at - limit_s or time.monotonic() - asked_at > OUTAGE_S
+            if row is None or row["publication"] != self._publication:
+                return True
+            if row["status"] == Status.QUEUED:  # it waits, and has not begun
+                return False
+            began_late = bool(row["started_at"]) and (now() - row["started_at"]).total_seconds() < limit_s - OUTAGE_S
+            return not ((was_away or began_late) and is_spared(self.app, self.id))
         except SQLAlchemyError:
             return False
-        if row is None or row["publication"] != self._publication:
-            return True
-        is_waiting = row["status"] == Status.QUEUED
-        began_late = bool(row["started_at"]) and (now() - row["started_at"]).total_seconds() < limit_s - OUTAGE_S
-        return not (is_waiting or began_late or time.monotonic() - asked_at > OUTAGE_S)
 
     def _fail(self, error: JobTimeout) -> None:
         """Fail the job, unless it is no longer this message's and this worker's."""

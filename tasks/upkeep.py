@@ -20,7 +20,7 @@ from db.records import Event, WorkerStatus, now
 from tasks import request
 from tasks.duty import Duty
 from tasks.heartbeat import Heartbeat
-from tasks.job import close_attempt
+from tasks.job import close_attempt, close_out_of_time
 from tasks.outgoing import Dispatcher
 from tasks.reconciler import Reconciler
 
@@ -200,9 +200,12 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         running = {job.id for job in request.running()} | set(request.reserved())
         unclaimed = {(row["job_id"], row["attempt"]): row for row in held if row["job_id"] not in running}
         for job_id, attempt in unclaimed.keys() & self._unclaimed:
-            reason, is_death = "its process died, and nothing runs it any more", job_id not in request.spared
-            close_attempt(self._app, unclaimed[job_id, attempt], reason, is_death=is_death)
-            request.spared.discard(job_id)
+            row = unclaimed[job_id, attempt]
+            if (error := request.out_of_time.get(job_id)) is not None:
+                close_out_of_time(self._app, row, error)
+            else:
+                close_attempt(self._app, row, "its process died, and nothing runs it any more")
+            request.out_of_time.pop(job_id, None)
         self._unclaimed = set(unclaimed)
 
     def _keep_pauses(self) -> None:

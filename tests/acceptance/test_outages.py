@@ -1,5 +1,7 @@
 """Brokers and databases that are away or frozen: workers outlive them, and no job is lost or counted dead."""
 
+from contextlib import suppress
+
 import pytest
 
 from db.records import now
@@ -124,6 +126,26 @@ def test_a_job_whose_time_goes_by_while_the_database_is_locked_is_not_failed_for
             assert job.get(**GET) == "stayed"
             assert own.row(job)["deaths"] == 0
             assert own.events(job).count("completed") == 1
+
+
+def test_a_job_that_hangs_fails_though_the_database_is_locked_again_and_again(server_dir, tmp_path):
+    """An outage in each of its attempts excuses no more than two in a row."""
+    with deployed(server_dir, tmp_path, {"LEASE_RENEW_S": 1}) as own:
+        own.start_worker("--concurrency=1", "--pool=prefork")
+        job = own.task.stay.apply_async((str(tmp_path / "runs"), 1000.0), time_limit=8)
+        eventually(lambda: lines(tmp_path / "runs"), 20)
+
+        def is_over():
+            with Lock(own.server_dir / "media_store.db", 11.0):
+                pass
+            with suppress(AssertionError):
+                return own.wait_for(job, "failed", timeout_s=3)
+
+        row = eventually(is_over, 120, lambda: f"{own.events(job)}")
+        assert (row["error_type"], row["deaths"]) == ("JobTimeout", 0)
+        spared = ["claimed", "started", "released"]
+        assert own.events(job) == ["created", *spared, *spared, "claimed", "started", "failed"]
+        assert lines(tmp_path / "runs") == ["begin"] * 3
 
 
 def test_a_job_that_was_replayed_is_not_failed_by_the_time_limit_of_its_earlier_run(server_dir, tmp_path):

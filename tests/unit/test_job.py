@@ -265,6 +265,25 @@ def test_a_job_whose_time_went_by_before_its_claim_is_given_back(add, clock, out
     assert out_of_time(lambda: None) == ("IGNORED", "queued", "released")
 
 
+def test_an_outage_at_each_attempt_excuses_no_third_one_in_a_row(producer, add, monkeypatch, wait_for_the_database):
+    def hang(x, y):
+        wait_for_the_database()
+        raise SoftTimeLimitExceeded(1)
+
+    monkeypatch.setattr(add, "run", hang)
+    job = add.delay(1, 1)
+
+    def ended():
+        outcome = run(add, job.id, 1, 1, publication=producer.row(job)["publication"])
+        return outcome, producer.events(job)[-1]
+
+    given_back, failed = ("IGNORED", "released"), ("FAILURE", "failed")
+    assert [ended() for _ in range(3)] == [given_back, given_back, failed]
+    assert producer.row(job)["error_type"] == "JobTimeout"
+    producer.app.store.replay(job.id)
+    assert [ended() for _ in range(3)] == [given_back, given_back, failed], "a replay begins anew"
+
+
 def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
     assert out_of_time(lambda: None) == ("FAILURE", "failed", "failed")
 

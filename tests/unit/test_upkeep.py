@@ -9,6 +9,7 @@ from kombu.exceptions import OperationalError
 from db.records import now
 from tasks import request
 from tasks.duty import Duty
+from tasks.errors import JobTimeout
 from tasks.leftovers import token_of
 from tasks.upkeep import ROUND_S, Housework, Upkeep
 from tests.tooling.waiting import eventually
@@ -188,15 +189,19 @@ def test_an_attempt_that_nothing_runs_fails_when_it_was_one_death_too_many(produ
     assert (row["status"], row["error_type"], row["deaths"]) == ("failed", "WorkerLost", 3)
 
 
-def test_an_attempt_whose_time_went_by_in_an_outage_is_released(producer, app, upkeep, add, monkeypatch):
+def test_an_attempt_whose_time_went_by_in_an_outage_is_released_but_no_third_one_in_a_row(
+    producer, app, upkeep, add, monkeypatch
+):
     job = add.delay(1, 1)
-    claimed_here(app, job)
     change(app, job, deaths=2)
-    monkeypatch.setattr(request, "spared", {job.id})
+    ends = []
+    for _ in range(3):
+        claimed_here(app, job)
+        monkeypatch.setitem(request.out_of_time, job.id, JobTimeout("add ran longer than its hard time limit"))
+        upkeep._close_unclaimed()
+        upkeep._close_unclaimed()
+        row = producer.row(job)
+        ends.append((producer.events(job)[-1], row["status"], row["deaths"], request.out_of_time))
 
-    upkeep._close_unclaimed()
-    upkeep._close_unclaimed()
-
-    row = producer.row(job)
-    assert (row["status"], row["deaths"], request.spared) == ("queued", 2, set())
-    assert producer.events(job)[-1] == "released"
+    assert ends == [("released", "queued", 2, {})] * 2 + [("failed", "failed", 2, {})]
+    assert row["error_type"] == "JobTimeout"
