@@ -9,6 +9,7 @@ import pytest
 
 from tests.acceptance.deployment import Deployment, deployed
 from tests.conftest import FAILED
+from tests.mqtt.certificates import certificates  # noqa: F401 (a fixture)
 from tests.mqtt.listener import Listener
 from tests.mqtt.tools import tools, tools_for  # noqa: F401 (fixtures)
 from tests.services import MosquittoServer

@@ -14,10 +14,11 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.acceptance.deployment import install_entry_point
+from tests.mqtt.certificates import tls_lines
 from tests.mqtt.jobs import check_none_was_blocked, run_jobs
 from tests.mqtt.listener import SILENT_FOR_S
 from tests.mqtt.road import Road
-from tests.mqtt.said import one_warning, warnings
+from tests.mqtt.said import debug_log, one_warning, warnings
 from tests.services import free_port
 from tests.tooling.waiting import eventually, stays
 from tests.tooling.worker import REPOSITORY
@@ -123,19 +124,25 @@ def test_large_results_cost_no_memory_while_the_broker_is_away(
     listener.wait_for_change(last, "completed", 60)
 
 
-@pytest.mark.parametrize("obstacle", ["closed port", "wrong password", "slow road"])
-def test_large_results_cost_no_memory_while_the_broker_is_hard_to_reach(deploy, private_mosquitto, obstacle):
+@pytest.mark.parametrize("obstacle", ["closed port", "wrong password", "wrong certificate", "slow road"])
+def test_large_results_cost_no_memory_while_the_broker_is_hard_to_reach(
+    deploy, private_mosquitto, certificates, obstacle
+):
     from tests.mqtt import capabilities
 
+    tls = {}
     with contextlib.ExitStack() as stack:
         match obstacle:
             case "closed port":
                 port = free_port()
             case "wrong password":
                 port = private_mosquitto(allow_anonymous=False).port
+            case "wrong certificate":
+                port = private_mosquitto(*tls_lines(certificates)).port
+                tls = {"MQTT_USE_TLS": "on", "MQTT_CA_CERT": certificates / "another.pem"}
             case "slow road":
                 port = stack.enter_context(Road(private_mosquitto().port, bytes_per_s=200_000)).port
-        deployment = deploy(port, MQTT_USERNAME="worker", MQTT_PASSWORD="hunter2-wrong")
+        deployment = deploy(port, MQTT_USERNAME="worker", MQTT_PASSWORD="hunter2-wrong", **tls)
         worker = deployment.start_worker("--concurrency=1", "-Q", "weigh", plug_in=capabilities.__name__)
         capabilities.weigh.delay(60_000).get(timeout=20)
         if obstacle == "slow road":
@@ -145,6 +152,8 @@ def test_large_results_cost_no_memory_while_the_broker_is_hard_to_reach(deploy, 
         _run_with_large_results(deployment)
 
         _check_memory(worker, before)
+        if obstacle == "wrong certificate":
+            assert "MQTT_CA_CERT" in one_warning(worker)
 
 
 def _run_with_large_results(deployment):
@@ -201,6 +210,27 @@ def test_a_broker_that_takes_the_connection_and_says_nothing_is_said_and_delays_
         worker.terminate()
         assert worker.wait() == 0
         assert time.monotonic() - started < 8
+
+
+def test_a_broker_that_is_frozen_at_the_start_is_said_once_and_found_when_it_goes_on(
+    deploy, listen, private_mosquitto, worker_id
+):
+    broker = private_mosquitto()
+    broker.pause()
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("--concurrency=2", "-Q", "add")
+    run_jobs(deployment)
+    assert "does not answer" in one_warning(worker, within_s=15, quiet_s=8)
+
+    broker.resume()
+
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id, 20, idle_count=2)
+    listener.wait_for_change(deployment.task.add.delay(3, 4), "completed", 20)
+    worker.wait_for_log("is back")
+    stays(lambda: len(warnings(worker)) == 1, 3)
+    late = listen(broker.port)
+    assert late.wait_for_capability(worker_id)["idle_count"] == 2
 
 
 def test_a_slow_broker_delays_events_and_no_job(deploy, listen, private_mosquitto, worker_id):
@@ -326,18 +356,19 @@ def test_the_events_of_a_stopped_relay_are_told_by_another_one(deploy, listener,
         assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 @pytest.mark.parametrize("credentials", [{}, {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": "hunter2-wrong"}])
-def test_a_broker_that_refuses_the_password_is_said_without_it(deploy, private_mosquitto, tmp_path, credentials):
+def test_a_broker_that_refuses_the_password_is_said_without_it(deploy, private_mosquitto, credentials, level):
     broker = private_mosquitto(allow_anonymous=False)
     deployment = deploy(broker.port, **credentials)
-    worker = deployment.start_worker("-Q", "add")
+    worker = deployment.start_worker("-Q", "add", f"--loglevel={level}")
 
     run_jobs(deployment)
 
     warning = one_warning(worker)
     assert "MQTT_USERNAME and MQTT_PASSWORD" in warning
     assert "Not authorized" in warning
-    assert "hunter2" not in worker.log()
+    assert "hunter2" not in (debug_log(worker) if level == "DEBUG" else worker.log())
 
 
 def test_what_cannot_be_used_leaves_the_worker_without_mqtt(deploy, tmp_path):

@@ -8,35 +8,14 @@ import time
 import pytest
 
 from tasks.sinks.mqtt import WAIT_WHEN_REFUSED_S
+from tests.mqtt.certificates import openssl, tls_lines
 from tests.mqtt.jobs import check_none_was_blocked, run_jobs
-from tests.mqtt.said import one_warning, warnings
+from tests.mqtt.said import debug_log, one_warning, warnings
 from tests.tooling.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
 PASSWORD = "hunter2-correct"
-
-
-def openssl(*args, cwd):
-    subprocess.run(["openssl", *args], cwd=cwd, check=True, capture_output=True)
-
-
-@pytest.fixture
-def certificates(tmp_path):
-    """ca.pem, server.pem/.key for 127.0.0.1, client.pem/.key, and another.pem, a CA that signed none of them."""
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    folder.chmod(0o755)
-    for ca in ("ca", "another"):
-        new = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2")
-        openssl(*new, "-subj", f"/CN=media tasks test {ca}", "-keyout", f"{ca}.key", "-out", f"{ca}.pem", cwd=folder)
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-    for name in ("server", "client"):
-        new = ("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}")
-        openssl(*new, "-keyout", f"{name}.key", "-out", f"{name}.csr", cwd=folder)
-        sign = ("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
-        openssl(*sign, "-days", "2", "-extfile", "names", "-out", f"{name}.pem", cwd=folder)
-    return folder
 
 
 @pytest.fixture
@@ -45,11 +24,6 @@ def password_broker(private_mosquitto, tmp_path):
     passwords.touch(mode=0o600)
     subprocess.run(["mosquitto_passwd", "-b", str(passwords), "worker", PASSWORD], check=True, capture_output=True)
     return private_mosquitto(f"password_file {passwords}", allow_anonymous=False)
-
-
-def tls_lines(certificates, *more):
-    files = {"cafile": "ca.pem", "certfile": "server.pem", "keyfile": "server.key"}
-    return [*(f"{name} {certificates / file}" for name, file in files.items()), *more]
 
 
 def knows_the_ca(certificates, *, is_client=False):
@@ -69,7 +43,7 @@ def check_it_is_back(deployment, worker, listener, worker_id, missed=()):
 
 def test_a_worker_with_the_password_is_let_in_and_does_not_log_it(deploy, listen, password_broker, worker_id):
     deployment = deploy(password_broker.port, MQTT_USERNAME="worker", MQTT_PASSWORD=PASSWORD)
-    worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
+    worker = deployment.start_worker("-Q", "add", "--loglevel=DEBUG")
     listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
 
     listener.wait_for_capability(worker_id)
@@ -77,7 +51,7 @@ def test_a_worker_with_the_password_is_let_in_and_does_not_log_it(deploy, listen
     listener.wait_for_change(job, "completed")
 
     assert warnings(worker) == []
-    assert PASSWORD not in worker.log()
+    assert PASSWORD not in debug_log(worker)
 
 
 def test_a_password_that_is_wrong_for_a_while_is_said_and_all_is_told_afterwards(
@@ -182,13 +156,13 @@ def test_name_and_password_are_read_from_files(deploy, listen, password_broker, 
     (tmp_path / "name").write_text("worker\n")
     (tmp_path / "secret").write_text(f"{PASSWORD}\n")
     files = {"MQTT_USERNAME_FILE": tmp_path / "name", "MQTT_PASSWORD_FILE": tmp_path / "secret"}
-    worker = deploy(password_broker.port, **files).start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
+    worker = deploy(password_broker.port, **files).start_worker("-Q", "add", "--loglevel=DEBUG")
 
     listener = listen(password_broker.port, setup=lambda client: client.username_pw_set("worker", PASSWORD))
 
     listener.wait_for_capability(worker_id)
     assert warnings(worker) == []
-    assert PASSWORD not in worker.log()
+    assert PASSWORD not in debug_log(worker)
 
 
 @pytest.mark.parametrize("variable", ["MQTT_USERNAME_FILE", "MQTT_PASSWORD_FILE"])
@@ -323,8 +297,8 @@ def test_a_key_with_a_passphrase_asks_nobody(deploy, certificates):
 @pytest.mark.parametrize("host", ["mqtt://worker:hunter2@127.0.0.1", "[::1]"])
 def test_a_url_in_the_place_of_the_host_is_not_told(deploy, host):
     deployment = deploy(1883, MQTT_BROKER=host)
-    worker = deployment.start_worker("-Q", "add", env={"LOG_LEVEL": "DEBUG"})
+    worker = deployment.start_worker("-Q", "add", "--loglevel=DEBUG")
 
     run_jobs(deployment, 3)
     assert "MQTT_BROKER is a" in one_warning(worker, quiet_s=1)
-    assert "hunter2" not in worker.log()
+    assert "hunter2" not in debug_log(worker)
