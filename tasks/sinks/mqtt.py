@@ -53,7 +53,8 @@ class MqttSink:
         self._wakes: Final = wakes
         self._topic: Final = topics.capability_topic(settings.capability_topic_prefix, worker_id)
         self._client: Client | None = None
-        self._is_open = self._is_away = self._is_refused = False
+        self._is_open = self._is_answered = self._is_refused = False
+        self._said: Final[set[str]] = set()
         self._connections = 0
         self._closings: Final = Closings()
         self._window = WINDOW
@@ -73,10 +74,10 @@ class MqttSink:
             self._settings.mqtt_broker.encode("idna")  # it would end paho's thread, since it raises no OSError
             client = new_client(self._settings, self._worker_id)
         except SettingsError as exc:
-            self._warn(str(exc))
+            self._give_up(str(exc))
             return
         except UnicodeError as exc:
-            self._warn(trouble.unreachable(self._settings, exc))
+            self._give_up(trouble.unreachable(self._settings, exc))
             return
         for what in trouble.ignored(self._settings):
             logger.warning(what)
@@ -92,6 +93,9 @@ class MqttSink:
         client.connect_async(self._settings.mqtt_broker, self._settings.mqtt_port, keepalive=KEEPALIVE_S)
         self._client = client
         client.loop_start()
+
+    def _give_up(self, what: str) -> None:
+        logger.warning("%s; jobs run on, and this worker is without MQTT until it is restarted", what)
 
     # The sink of a relay
 
@@ -169,12 +173,13 @@ class MqttSink:
     # What paho's thread says
 
     def _on_connect(self, client: Client, _data: Any, _flags: Any, code: Any, properties: Any) -> None:
+        self._is_answered = True
         if code.is_failure:
-            self._warn(trouble.refused(self._settings, code))
+            self._warn(f"{trouble.REFUSAL} {code.value}", trouble.refused(self._settings, code))
             return
-        if self._is_away:
+        if self._said:
             logger.info("the MQTT broker %s is back", trouble.address(self._settings))
-        self._is_away = False
+        self._said.clear()
         client.reconnect_delay_set(*WAIT_FOR_RECONNECT_S)
         self._closings.opened()
         self._window = max(min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW) - 1), 1)
@@ -204,19 +209,24 @@ class MqttSink:
 
     def _on_connect_fail(self, _client: Client, _data: Any) -> None:
         self._closings.missed()
-        exc = sys.exc_info()[1]  # paho calls while it handles the error
-        self._warn(trouble.unreachable(self._settings, exc if isinstance(exc, Exception) else OSError()))
+        said = sys.exc_info()[1]  # paho calls while it handles the error
+        exc = said if isinstance(said, Exception) else OSError()
+        self._warn(trouble.kind(self._settings, exc), trouble.unreachable(self._settings, exc))
 
     def _on_disconnect(self, client: Client, _data: Any, _flags: Any, code: Any, _properties: Any) -> None:
         was_open, self._is_open = self._is_open, False
+        was_answered, self._is_answered = self._is_answered, False
         cause = self._closings.closed(code.value, has_unconfirmed=self._told.has_any()) if was_open else None
         self._ended.set()
         if not code.is_failure:
             return
-        if cause is None:
-            self._warn(trouble.no_answer(self._settings))
+        if not was_answered:
+            self._warn(trouble.SILENCE, trouble.no_answer(self._settings))
+        elif cause is None:
+            return  # it was refused, and that is said
         elif cause is Cause.SILENCE:
-            self._warn(f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?")
+            what = f"{trouble.lost(self._settings, code)}; is what MQTT_BROKER and MQTT_PORT name overloaded?"
+            self._warn(trouble.SILENCE, what)
         elif cause in (Cause.TOO_LARGE, Cause.PERHAPS_TOO_LARGE):
             self._over_limit = cause
         elif cause is Cause.NAMESAKE:
@@ -254,10 +264,10 @@ class MqttSink:
         for event in self._wakes:
             event.set()
 
-    def _warn(self, what: str) -> None:
-        """Say why there is no connection, once in an outage."""
-        if not self._is_away:
-            self._is_away = True
+    def _warn(self, kind: str, what: str) -> None:
+        """Say why there is no connection: in each outage once for each kind of reason, since one may hide another."""
+        if kind not in self._said:
+            self._said.add(kind)
             logger.warning("%s; jobs run on, their events are told later", what)
 
     def _yield_to_namesake(self, client: Client) -> None:

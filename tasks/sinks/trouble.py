@@ -27,6 +27,10 @@ CLIENT_CERTIFICATE_ALERTS: Final = (
     "CERTIFICATE_UNKNOWN",
     "HANDSHAKE_FAILURE",
 )
+# Kinds of reasons: of each the first one is worth a warning.
+UNREACHABLE: Final = "unreachable"
+SILENCE: Final = "silence"
+REFUSAL: Final = "refusal"
 
 
 def address(settings: "Settings") -> str:
@@ -73,6 +77,17 @@ def unreachable(settings: "Settings", exc: Exception) -> str:
         f"no MQTT broker can be reached at {address(settings)} ({_reason(exc)}); "
         "is it running, and are MQTT_BROKER and MQTT_PORT right?"
     )
+
+
+def kind(settings: "Settings", exc: Exception) -> str:
+    """What kind of reason that is. Of one kind they may differ from one try to the next."""
+    if isinstance(exc, socket.gaierror):
+        return "host"
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return "certificate"
+    if isinstance(exc, ssl.SSLError) or (settings.mqtt_use_tls and isinstance(exc, ConnectionResetError)):
+        return "TLS"
+    return SILENCE if isinstance(exc, TimeoutError) else UNREACHABLE
 
 
 def lost(settings: "Settings", code: "ReasonCode") -> str:

@@ -371,6 +371,19 @@ def test_a_broker_that_refuses_the_password_is_said_without_it(deploy, private_m
     assert "hunter2" not in (debug_log(worker) if level == "DEBUG" else worker.log())
 
 
+def test_a_reason_that_another_one_has_hidden_is_said_too(deploy, private_mosquitto):
+    port = free_port()
+    deployment = deploy(port, MQTT_USERNAME="worker", MQTT_PASSWORD="hunter2-wrong")
+    worker = deployment.start_worker("-Q", "add")
+    assert "Connection refused" in one_warning(worker, quiet_s=1)
+
+    broker = private_mosquitto(port=port, allow_anonymous=False)
+    eventually(lambda: len(warnings(worker)) == 2, 15)
+    assert "MQTT_USERNAME and MQTT_PASSWORD" in warnings(worker)[1]
+    broker.stop()
+    stays(lambda: len(warnings(worker)) == 2, 6, lambda: f"two warnings, not {warnings(worker)}")
+
+
 def test_what_cannot_be_used_leaves_the_worker_without_mqtt(deploy, tmp_path):
     deployment = deploy(8883, MQTT_USE_TLS="on", MQTT_CA_CERT=str(tmp_path / "missing.pem"))
     worker = deployment.start_worker("-Q", "add")
@@ -379,6 +392,7 @@ def test_what_cannot_be_used_leaves_the_worker_without_mqtt(deploy, tmp_path):
 
     warning = one_warning(worker, quiet_s=2)
     assert f"MQTT_CA_CERT='{tmp_path / 'missing.pem'}' can't be used" in warning
+    assert "without MQTT until it is restarted" in warning
     worker.terminate()
     assert worker.wait() == 0
 

@@ -110,3 +110,42 @@ def test_what_was_taken_back_is_not_told_again_when_the_connection_comes_back(si
     assert client.unanswered == [3, 4]
     answer(4)
     assert sink.unconfirmed == 0
+
+
+def test_each_kind_of_reason_is_said_once_in_an_outage(sink, caplog):
+    """paho says of a connection that is refused, too, that it is lost."""
+    unspecified = ReasonCode(PacketTypes.DISCONNECT, "Unspecified error")
+    paho = SimpleNamespace(reconnect_delay_set=lambda *_: None, drop_out_messages=lambda: [])
+
+    def answer(code):
+        sink._on_connect(paho, None, None, ReasonCode(PacketTypes.CONNACK, code), None)
+
+    def fail(exc):
+        try:
+            raise exc
+        except OSError:
+            sink._on_connect_fail(paho, None)
+
+    def kinds():
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        caplog.clear()
+        return [next(word for word in ("reached", "refuses", "answer") if word in line) for line in said]
+
+    def outage():
+        for _ in range(2):
+            fail(ConnectionRefusedError(111, "Connection refused"))
+            fail(OSError(113, "No route to host"))
+            answer("Not authorized")
+            sink._on_disconnect(paho, None, None, unspecified, None)
+            sink._on_disconnect(paho, None, None, unspecified, None)
+            fail(TimeoutError())
+
+    sink._is_open = False
+    outage()
+    assert kinds() == ["reached", "refuses", "answer"]
+
+    answer("Success")
+    sink._on_disconnect(paho, None, None, unspecified, None)
+    assert kinds() == []
+    outage()
+    assert kinds() == ["reached", "refuses", "answer"]
