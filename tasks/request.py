@@ -53,6 +53,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
 
     @property
     def is_job(self) -> bool:
+        """Whether a row stands behind it: Celery's own tasks and those of another kind have none."""
         return isinstance(self.task, Job) and self.app.is_recorded(self.name)
 
     app: "MediaTasks"
@@ -71,7 +72,8 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             self.time_limits = (hard or own_hard, soft or own_soft)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """The pool begins it. A pool of this very process has queued it before the worker was asked to stop.
+        """The pool begins it. A pool of this very process (threads, solo) may have queued it before the worker was
+        asked to stop: only here can it be kept from running.
 
         Raises:
             TaskRevokedError: The worker stops: the message goes back, and the body is not run.
@@ -88,7 +90,9 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         super().acknowledge()
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        """A lost child is closed first: queued again, or failed when it was one too many."""
+        """The job failed, in the child or with it. The attempt of a child that died is closed: its job is queued again,
+        or fails after one death too many.
+        """
         exc = getattr(exc_info.exception, "exc", exc_info.exception)
         self._outcome = None if isinstance(exc, (Retry, Ignore, Reject)) else Status.FAILED
         if self.is_job and isinstance(exc, TimeLimitExceeded):
@@ -123,9 +127,10 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self._end_at_hard_limit(timeout)
 
     def _end_at_hard_limit(self, limit_s: float) -> None:
-        """Said by the pool twice, as a failure and as a timeout.
+        """Kill the child, then fail the job, or queue its retry. The pool says it twice, as a failure and as a timeout:
+        the second time nothing is done.
 
-        The pool kills the child only after that, when it may have opened another temp file.
+        The pool itself would kill the child only after this, when it may have opened another temp file.
         """
         if self._already_revoked:
             return
@@ -200,7 +205,9 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         super().terminate(pool, "SIGKILL" if signal in (None, SIGTERM, "TERM", TERM_SIGNAME) else signal)
 
     def revoked(self) -> Any:
-        """A later publication was asked for after the revoke; Celery's list of ids knows no replay."""
+        """Whether Celery's list of revoked ids has it. A later publication may be that of a job which was replayed
+        after its revoke, and is taken from the list: whether the job is cancelled its row says.
+        """
         if self.is_job and self._publication > 1:
             state.revoked.discard(self.id)
         return super().revoked()

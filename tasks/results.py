@@ -231,7 +231,7 @@ class JobBackend(BaseBackend):
         self.app.store.forget_group(group_id)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
-        """Known to the body as well, for a producer without the database."""
+        """Note how many members a chord has. A producer without the database can't: the body says it as well."""
         if not self.app.is_without_database:
             self.app.store.set_chord_size(group_id, chord_size)
 
@@ -256,7 +256,9 @@ class JobBackend(BaseBackend):
             self._fail_body(body, self._reason(request, state, result), is_news=parts.is_mine)
 
     def _begin_body(self, body: Any, results: Sequence[Any]) -> None:
-        """Publish it; sent again, it makes no second job."""
+        """Submit the body of a chord with its members' results; one that can't be submitted fails. A second time it
+        changes nothing, as its id is fixed.
+        """
         try:
             with _following_up():
                 body.delay(list(results))
@@ -268,7 +270,7 @@ class JobBackend(BaseBackend):
             self._fail_body(body, exc, is_news=False)
 
     def _reason(self, request: Any, state: str, result: Any) -> ChordError:
-        """Why a chord fails. Any member may be the one that notices: the reason is that of the one which failed."""
+        """Why a chord fails: the error of the member that failed, whichever member's end has brought it to light."""
         if (failed := self.app.patiently(lambda: self.app.store.failed_member(request.group))) is not None:
             error = ChordError(f"member {failed['job_id']} of the chord {failed['status']}: {failed['error_message']}")
             error.__cause__ = exception_of(failed)
