@@ -1,4 +1,6 @@
-"""A subscriber that knows only the README: it hears every change of a run of 200 jobs, in which two workers die."""
+"""A subscriber that knows only the README: it hears every change of a run of 200 jobs, in which two workers die: first
+the one that relays, then one that runs a job.
+"""
 
 import json
 import os
@@ -12,7 +14,7 @@ from tests.acceptance.deployment import lines
 from tests.mqtt.messages import checked
 from tests.tooling.environment import without_settings
 from tests.tooling.waiting import eventually
-from tests.tooling.worker import REPOSITORY
+from tests.tooling.worker import REPOSITORY, Worker
 
 pytestmark = pytest.mark.slow
 JOBS = 200
@@ -38,20 +40,31 @@ def test_the_readmes_subscriber_hears_every_change_of_every_job(deploy, prefix, 
     with log.open("wb") as stream:
         subscriber = subprocess.Popen([sys.executable, "-c", readmes_subscriber()], env=env, stdout=stream)
     try:
-        names = [f"{prefix}-{n}" for n in range(3)]
-        workers = {name: own.start_worker("--concurrency=2", env={"WORKER_ID": name}) for name in names}
-        eventually(lambda: own.app.store.duty_holder("relay"), 15)
+        workers, jobs, caught = {}, [], []
+
+        def start_worker(name: str) -> None:
+            workers[name] = own.start_worker("--concurrency=2", env={"WORKER_ID": name})
+
+        def submit_caught() -> Worker:
+            caught.append(own.task.dawdle.delay(str(tmp_path / str(len(caught))), 120.0, 0.0))
+            jobs.append(caught[-1])
+            return workers[own.wait_for(caught[-1], "running")["claimed_by"]]
+
+        start_worker(f"{prefix}-relay")
+        relay = eventually(lambda: own.app.store.duty_holder("relay"), 15)
         probe = own.task.add.delay(0, 0)
         eventually(lambda: any(event["job_id"] == probe.id for event in heard_by(log)), 20)
+        victim = submit_caught()
+        for number in range(2):
+            start_worker(f"{prefix}-{number}")
 
-        jobs, caught = [], []
-        for number in range(JOBS):
-            if number in (60, 120):
-                caught.append(own.task.dawdle.delay(str(tmp_path / str(number)), 60.0, 0.0))
-                jobs += caught[-1:]
-                workers[own.wait_for(caught[-1], "running")["claimed_by"]].kill9_everything()
-            else:
-                jobs.append(own.task.note.delay("/dev/null", str(number), 0.03))
+        while len(jobs) < JOBS:
+            if len(jobs) == 60:
+                assert own.app.store.duty_holder("relay") == relay
+                victim.kill9_everything()
+            if len(jobs) == 120:
+                submit_caught().kill9_everything()
+            jobs.append(own.task.note.delay("/dev/null", str(len(jobs)), 0.03))
         for job in jobs:
             job.get(timeout=90)
 
@@ -60,6 +73,7 @@ def test_the_readmes_subscriber_hears_every_change_of_every_job(deploy, prefix, 
             return ended >= {job.id for job in jobs}
 
         eventually(all_ended, 60)
+        assert own.app.store.duty_holder("relay") != relay
     finally:
         subscriber.terminate()
         subscriber.wait(10)
