@@ -59,6 +59,8 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
     app: "MediaTasks"
     time_limits: tuple[float | None, float | None]
     is_given_back = False
+    has_ended = False
+    """Whether its row has been seen to say so; the pool's own word may wait for the broker."""
     _already_revoked: bool
     _outcome: Status | None = Status.COMPLETED
 
@@ -212,6 +214,14 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             state.revoked.discard(self.id)
         return super().revoked()
 
+    def look_at(self, row: Row) -> None:
+        """Note whether there is anything left to wait for: not if its job has ended, waits for another message, or runs
+        elsewhere. A job that is queued under this message waits for the guard, in its process.
+        """
+        status = Status(row["status"])
+        is_elsewhere = status is not Status.QUEUED and row["lease"] != self.app.lease
+        self.has_ended = status.is_terminal or row["publication"] != self._publication or is_elsewhere
+
     def stop_cancelled(self, pool: Any) -> None:
         """Its row is cancelled: end the process that runs it. Pools without processes let it run, for nothing."""
         if _has_processes(pool) and self in state.active_requests and not self._already_revoked:
@@ -287,6 +297,11 @@ def _has_processes(pool: Any) -> bool:
 def running() -> list[JobRequest]:
     """The requests that this worker's pool runs now."""
     return [request for request in _snapshot(state.active_requests) if isinstance(request, JobRequest)]
+
+
+def unfinished() -> list[JobRequest]:
+    """Those of `running` whose jobs have not been seen to end."""
+    return [job for job in running() if not job.has_ended]
 
 
 def reserved() -> list[str]:

@@ -92,7 +92,7 @@ class GracefulStop:
         if self._is_idle_within(grace_s):
             state.should_stop = EX_OK
         else:
-            for job in request.running():
+            for job in request.unfinished():
                 logger.warning("%s[%s]: given back, since the worker stops", job.name, job.id)
                 job.give_back("its worker was stopped")
             state.should_terminate = EX_OK
@@ -120,15 +120,16 @@ class GracefulStop:
     def _is_idle_within(self, seconds: float) -> bool:
         """Wait until nothing runs; False at the end of the grace or at another signal.
 
-        A job that was just handed to a child shows after a moment: one look is not enough.
+        A job that was just handed to a child shows after a moment: one look is not enough. An end is heard of from
+        the pool, or read in the row (`Upkeep`): while the broker is away the main thread only waits for that.
         """
         deadline, idle_looks = time.monotonic() + seconds, 0
         while idle_looks < IDLE_LOOKS:
-            if time.monotonic() > deadline and request.running():
+            if time.monotonic() > deadline and request.unfinished():
                 return False
-            if self._signal_within(LOOK_EVERY_S) is not None and request.running():
+            if self._signal_within(LOOK_EVERY_S) is not None and request.unfinished():
                 return False
-            idle_looks = 0 if request.running() else idle_looks + 1
+            idle_looks = 0 if request.unfinished() else idle_looks + 1
         return True
 
     def _signal_within(self, seconds: float) -> int | None:

@@ -161,6 +161,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
                 self._beat_due = time.monotonic() + self._app.settings.lease_renew_s
         self._notice_lost_time()
         self._stop_cancelled()
+        self._notice_ends()
         self._keep_pauses()
         for work in self._housework.values():
             work.leave_if_stuck(self._app.settings.lease_timeout_s)
@@ -193,6 +194,17 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             return
         for job_id in self._app.store.cancelled_of(jobs):
             self._soon(jobs[job_id].stop_cancelled, self._worker.pool)
+
+    def _notice_ends(self) -> None:
+        """A worker that stops leaves when its jobs have ended, also while the main thread, which hears that of the
+        pool, waits for a broker that is away. What the database can't say now goes on running.
+        """
+        if request.stopping.is_set():
+            jobs = [job for job in request.running() if job.is_job]
+            rows = {row["job_id"]: row for row in self._app.store.jobs_by_id([job.id for job in jobs])}
+            for job in jobs:
+                if job.id in rows:
+                    job.look_at(rows[job.id])
 
     def _close_unclaimed(self) -> None:
         """Close attempts of this worker that nothing runs: their processes died while the database was away."""

@@ -292,3 +292,19 @@ def test_a_worker_that_starts_anew_while_its_broker_is_frozen_has_no_children_of
         eventually(lambda: worker.log().count(" ready.") == 2, 40, worker.log)
         assert [pid for pid in before if Path(f"/proc/{pid}").exists()] == []
         assert own.task.add.delay(1, 2).get(**GET) == 3
+
+
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+def test_a_worker_whose_broker_is_away_leaves_when_its_jobs_have_ended(request, server_dir, tmp_path, kind):
+    broker = request.getfixturevalue(f"private_{kind}")()
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": broker.url, "SHUTDOWN_GRACE_S": 300}) as own:
+        worker = own.start_worker("--concurrency=1")
+        job = running_job(own, own.task, tmp_path, 8.0)
+
+        broker.stop()
+        worker.wait_for_log("Cannot connect", 10)
+        worker.terminate()
+
+        assert worker.wait(30) == 0
+        assert own.events(job) == COMPLETED
+        assert own.app.store.holders() == []

@@ -1,19 +1,21 @@
 """The rounds of the upkeep, called one by one."""
 
+import threading
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 from kombu.exceptions import OperationalError
 
-from db.records import now
+from db.errors import DatabaseUnavailable
+from db.records import Event, Failure, Liveness, Status, now
 from tasks import request
 from tasks.duty import Duty
 from tasks.errors import JobTimeout
 from tasks.leftovers import token_of
 from tasks.upkeep import ROUND_S, Housework, Upkeep
 from tests.tooling.waiting import eventually
-from tests.unit.jobs import ELSEWHERE, change, claimed_by, new_job, silent_for
+from tests.unit.jobs import ELSEWHERE, change, claim, claimed_by, messages, new_job, silent_for
 
 
 @pytest.fixture
@@ -205,3 +207,73 @@ def test_an_attempt_whose_time_went_by_in_an_outage_is_released_but_no_third_one
 
     assert ends == [("released", "queued", 2, {})] * 2 + [("failed", "failed", 2, {})]
     assert row["error_type"] == "JobTimeout"
+
+
+# What a worker that stops waits for, while the word of its pool does not arrive
+
+
+@pytest.fixture
+def running(producer, app, upkeep, add, monkeypatch):
+    """A job that this worker's pool has accepted, of a worker that was asked to stop."""
+    stopping = threading.Event()
+    stopping.set()
+    monkeypatch.setattr(request, "stopping", stopping)
+    upkeep._worker.pool, upkeep._worker.consumer = None, SimpleNamespace(call_soon=lambda *_: None)
+    job = add.delay(1, 1)
+    (message,) = messages(producer, "add")
+    options = {"on_ack": lambda *_: None, "hostname": "h", "eventer": None, "body": message.body, "decoded": False}
+    accepted = request.JobRequest(message, app=app, task=add, headers=message.headers, **options)
+    monkeypatch.setattr(request.state, "active_requests", {accepted})
+    return job
+
+
+def is_waited_for(upkeep):
+    upkeep.round()
+    return bool(request.unfinished())
+
+
+def test_it_waits_for_a_job_that_its_guard_has_not_claimed_yet_and_for_one_that_runs(app, upkeep, running):
+    assert is_waited_for(upkeep)
+
+    claimed_here(app, running)
+
+    assert is_waited_for(upkeep)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda store, job_id, attempt: store.complete(job_id, attempt, 2),
+        lambda store, job_id, _: store.end(job_id, Status.FAILED, Failure(error_type="E", error_message="no")),
+        lambda store, job_id, _: store.end(job_id, Status.CANCELLED, Failure(error_type="E", error_message="no")),
+        lambda store, job_id, attempt: store.requeue(job_id, attempt=attempt, event=Event.RETRY, retry_count=1),
+        lambda store, job_id, attempt: store.close(job_id, attempt, reason="it died"),
+    ],
+    ids=["completed", "failed", "cancelled", "retried", "closed"],
+)
+def test_it_does_not_wait_for_a_job_whose_row_says_that_it_is_over(app, upkeep, running, end):
+    end(app.store, running.id, claimed_here(app, running))
+
+    assert not is_waited_for(upkeep)
+
+
+def test_it_does_not_wait_for_a_job_that_another_worker_has_taken_over(app, upkeep, running):
+    claimed_here(app, running)
+    claim(app.store, new_job(running.id), "another", liveness=Liveness.DEAD)
+
+    assert not is_waited_for(upkeep)
+
+
+def test_it_goes_on_waiting_while_the_database_does_not_answer_either(app, upkeep, running, monkeypatch):
+    app.store.complete(running.id, claimed_here(app, running), 2)
+
+    def away(_):
+        raise DatabaseUnavailable("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(app.store, "jobs_by_id", away)
+        with pytest.raises(DatabaseUnavailable):
+            upkeep.round()
+    assert request.unfinished()
+
+    assert not is_waited_for(upkeep)
