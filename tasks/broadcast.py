@@ -13,6 +13,7 @@ from celery import bootsteps
 from celery.worker import state
 from sqlalchemy.exc import SQLAlchemyError
 
+from tasks import request
 from tasks.duty import Duty
 from tasks.heartbeat import slots
 from tasks.relay import Relay
@@ -97,8 +98,11 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             self._look.wait(LOOK_EVERY_S)
 
     def _show_now(self) -> None:
-        """A worker that drains takes no job, however many of its slots are free."""
-        is_draining = self._worker.upkeep.is_draining
+        """A worker that drains takes no job, however many of its slots are free.
+
+        It does from when it is asked to stop: the event loop, which drains it, waits for the job in the pool solo.
+        """
+        is_draining = self._worker.upkeep.is_draining or request.stopping.is_set()
         idle_count = 0 if is_draining else max(slots(self._worker) - len(state.active_requests), 0)
         self._sink.show(sorted(self._app.amqp.queues.consume_from), idle_count, is_draining=is_draining)
 
