@@ -8,6 +8,7 @@ Everything else is permanent: a bug or a broken file fails again.
 import errno
 import random
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -23,7 +24,8 @@ _TRANSIENT_ERRNOS: Final = frozenset(
     | {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.EPIPE, errno.EAGAIN}
     | {errno.ESTALE, errno.EIO, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 )
-# Named, since they may not be installed: the roots under which libraries put what a network does to them.
+# Named, since they may not be installed, or are not loaded by a producer: the roots under which libraries put what a
+# network does to them.
 _TRANSIENT_NAMES: Final = frozenset(
     {
         "requests.exceptions.ConnectionError",
@@ -39,10 +41,31 @@ _TRANSIENT_NAMES: Final = frozenset(
         "redis.exceptions.TimeoutError",
         "http.client.RemoteDisconnected",
         "http.client.IncompleteRead",
+        "subprocess.TimeoutExpired",
     }
 )
 # https://www.rfc-editor.org/rfc/rfc9110#section-15: request timeout, too early, too many requests, and gateways.
 _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+# What services of AWS, and those that speak like them, say with whatever status: the transient and the throttled errors
+# of botocore/retries/standard.py.
+_TRANSIENT_CODES: Final = (
+    "BandwidthLimitExceeded",
+    "EC2ThrottledException",
+    "LimitExceededException",
+    "PriorRequestNotComplete",
+    "ProvisionedThroughputExceededException",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "SlowDown",
+    "ThrottledException",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+    "TransactionInProgressException",
+)
 
 
 def is_transient(exc: BaseException) -> bool:
@@ -58,6 +81,8 @@ def is_transient(exc: BaseException) -> bool:
         return isinstance(exc, TransientError)
     if isinstance(exc, SoftTimeLimitExceeded):
         return False
+    if _said_by_aws(exc, "Error", "Code") in _TRANSIENT_CODES:
+        return True
     if (status := _http_status(exc)) is not None:
         return status in _TRANSIENT_STATUSES
     if isinstance(exc, URLError) and isinstance(exc.reason, BaseException):
@@ -88,8 +113,9 @@ def retry_after_s(exc: BaseException) -> float | None:
     if isinstance(said, (int, float)):
         return max(float(said), 0.0)
     headers: Any = getattr(getattr(exc, "response", None), "headers", None) or getattr(exc, "headers", None)
+    headers = headers or _said_by_aws(exc, "ResponseMetadata", "HTTPHeaders")
     try:
-        text = headers.get("Retry-After") if headers is not None else None
+        text = headers.get("Retry-After") or headers.get("retry-after") if headers is not None else None
     except (AttributeError, TypeError):
         return None
     if not isinstance(text, str):
@@ -105,10 +131,17 @@ def retry_after_s(exc: BaseException) -> float | None:
 
 
 def _http_status(exc: BaseException) -> int | None:
-    """The status of an HTTP error of urllib, requests, httpx or aiohttp."""
+    """The status of an HTTP error of urllib, requests, httpx, aiohttp or botocore."""
     response = getattr(exc, "response", None)
-    for owner, name in ((response, "status_code"), (exc, "code"), (exc, "status")):
-        value = getattr(owner, name, None)
+    own = [getattr(owner, name, None) for owner, name in ((response, "status_code"), (exc, "code"), (exc, "status"))]
+    for value in (*own, _said_by_aws(exc, "ResponseMetadata", "HTTPStatusCode")):
         if isinstance(value, int) and 400 <= value < 600:
             return value
     return None
+
+
+def _said_by_aws(exc: BaseException, part: str, name: str) -> Any:
+    """What a service said, as botocore's ClientError has it: its response is a dict of dicts."""
+    response = getattr(exc, "response", None)
+    said = response.get(part) if isinstance(response, Mapping) else None
+    return said.get(name) if isinstance(said, Mapping) else None

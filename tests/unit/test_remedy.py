@@ -6,6 +6,7 @@ import pickle
 import random
 import socket
 import sqlite3
+import subprocess
 from datetime import UTC, datetime, timedelta
 from email.message import Message
 from email.utils import format_datetime
@@ -67,6 +68,7 @@ def test_there_are_errors_of_both_kinds():
         TimeoutError("timed out"),
         RemoteDisconnected("closed without a response"),
         IncompleteRead(b""),
+        subprocess.TimeoutExpired(["soffice"], 60),
         URLError(REFUSED),
         URLError(TimeoutError("timed out")),
         URLError(socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")),
@@ -114,6 +116,46 @@ def raised_with_response(status, **headers):
     exc = foreign("httpx", "HTTPStatusError")
     exc.response = SimpleNamespace(status_code=status, headers={k.replace("_", "-"): v for k, v in headers.items()})
     return exc
+
+
+def raised_by_aws(status, code="", **headers):
+    """As botocore has it, whose names of headers are in small letters."""
+    exc = foreign("botocore.exceptions", "ClientError")
+    metadata = {"HTTPStatusCode": status, "HTTPHeaders": {k.replace("_", "-").lower(): v for k, v in headers.items()}}
+    exc.response = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": metadata}
+    return exc
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "is_transient"),
+    [
+        (503, "SlowDown", True),
+        (503, "", True),
+        (500, "InternalError", True),
+        (429, "TooManyRequests", True),
+        (400, "Throttling", True),
+        (400, "RequestTimeout", True),
+        (None, "SlowDown", True),
+        (400, "InvalidRequest", False),
+        (403, "AccessDenied", False),
+        (404, "NoSuchKey", False),
+        (404, "404", False),
+        (None, "NoSuchKey", False),
+        (200, None, False),
+        (200, ["SlowDown"], False),
+    ],
+)
+def test_a_service_of_aws_is_judged_by_its_code_and_by_its_status(status, code, is_transient):
+    assert remedy.is_transient(raised_by_aws(status, code)) is is_transient
+
+
+@pytest.mark.parametrize("response", [{}, {"Error": None}, {"Error": "SlowDown"}, {"ResponseMetadata": [503]}, [503]])
+def test_a_response_of_any_other_shape_says_nothing(response):
+    exc = foreign("somebodys.library", "Error")
+    exc.response = response
+
+    assert not remedy.is_transient(exc)
+    assert remedy.retry_after_s(exc) is None
 
 
 @pytest.mark.parametrize(
@@ -173,8 +215,9 @@ def test_a_delay_doubles_up_to_ten_minutes_with_a_jitter_of_a_quarter(monkeypatc
         http_error(429, Retry_After="90"),
         http_error(503, Retry_After=" 90 "),
         raised_with_response(429, Retry_After="90"),
+        raised_by_aws(503, "SlowDown", Retry_After="90"),
     ],
-    ids=["RateLimited", "urllib", "spaces", "httpx"],
+    ids=["RateLimited", "urllib", "spaces", "httpx", "botocore"],
 )
 def test_a_server_is_not_asked_earlier_than_it_said(exc):
     assert remedy.retry_after_s(exc) == 90
