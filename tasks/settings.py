@@ -74,7 +74,7 @@ class Settings:
     mqtt_topic: str
     capability_topic_prefix: str
     mqtt_heartbeat_interval_s: float
-    mqtt_username: str | None
+    mqtt_username: str | None = field(repr=False)  # of some brokers it is an access token
     mqtt_password: str | None = field(repr=False)
     mqtt_unusable: str | None
     """What can't be used of these settings: said where MQTT is used, since it must stop nothing else."""

@@ -257,7 +257,7 @@ class MqttSink:
             "Events wait until this worker or another one may tell them",
             trouble.address(self._settings),
             code,
-            self._settings.mqtt_username or "anyone",
+            "anyone" if self._settings.mqtt_username is None else "the user of MQTT_USERNAME",  # some are access tokens
         )
 
     def _wake(self) -> None:

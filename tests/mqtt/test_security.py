@@ -165,6 +165,32 @@ def test_name_and_password_are_read_from_files(deploy, listen, password_broker, 
     assert PASSWORD not in debug_log(worker)
 
 
+@pytest.mark.parametrize("is_in_files", [False, True])
+def test_neither_name_nor_password_is_in_any_log(deploy, private_mosquitto, tmp_path, worker_id, is_in_files):
+    """The name is an access token with some brokers."""
+    token, acl = "t0k3n-of-a-user", "user another\ntopic readwrite #\n"
+    broker, _ = acl_broker(private_mosquitto, tmp_path, acl, token)
+    credentials = {"MQTT_USERNAME": token, "MQTT_PASSWORD": PASSWORD}
+    if is_in_files:
+        for name, secret in list(credentials.items()):
+            (tmp_path / name).write_text(secret)
+        credentials = {f"{name}_FILE": tmp_path / name for name in credentials}
+    deployment = deploy(broker.port, LOG_LEVEL="DEBUG", **credentials)
+    mute = deployment.start_worker("-Q", "add")
+    wrong = {"MQTT_PASSWORD": f"{PASSWORD}-not", "WORKER_ID": f"{worker_id}-2"}
+    refused = deployment.start_worker("-Q", "add", env=wrong | {"MQTT_PASSWORD_FILE": ""})
+
+    run_jobs(deployment, 3)
+
+    assert "let the user of MQTT_USERNAME write MQTT_TOPIC" in one_warning(mute, quiet_s=1)
+    assert "look at MQTT_USERNAME and MQTT_PASSWORD" in one_warning(refused, quiet_s=1)
+    for worker in (mute, refused):
+        worker.terminate()
+        worker.wait()
+        assert token not in worker.log()
+        assert PASSWORD not in worker.log()
+
+
 @pytest.mark.parametrize("variable", ["MQTT_USERNAME_FILE", "MQTT_PASSWORD_FILE"])
 def test_a_secrets_file_that_cannot_be_read_is_said(deploy, password_broker, tmp_path, variable):
     credentials = {"MQTT_USERNAME": "worker", "MQTT_PASSWORD": PASSWORD, variable: tmp_path / "missing"}
