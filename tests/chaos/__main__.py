@@ -18,7 +18,7 @@ def main() -> int:
     forget_host_settings()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that servers and workers go, too
     wanted = COMBINATIONS if arguments.combination == "all" else (arguments.combination,)
-    size = Size(arguments.jobs, arguments.kills, arguments.workers, arguments.minutes)
+    size = Size(arguments.jobs, arguments.kills, arguments.workers, arguments.hosts, arguments.minutes)
     outcomes, is_missing = [], False
     for combination in wanted:
         try:
@@ -43,10 +43,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--hosts", type=int, default=1, help="to spread the workers over")
     parser.add_argument("--minutes", type=float, help="how long jobs are submitted (default: as the cores can bear)")
     parser.add_argument("--keep", action="store_true", help="keep logs and stories also when nothing was found")
     parser.add_argument("--json", type=Path, help="a file for the figures")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.hosts > 1 and arguments.combination not in ("rabbitmq", "redis"):
+        parser.error("--hosts goes with rabbitmq or redis: the embedded broker serves one host")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 from tests.acceptance.deployment import Deployment
 from tests.chaos.servers import Hold
@@ -25,8 +27,10 @@ STOPS_WITHIN_S = 30.0
 NO_CHILDREN = "Could not start worker processes"
 # What a kill -9 is called once it was dealt.
 KILLED = ("child killed", "worker killed", "main killed")
+# A worker that is stopped for so long may count as dead: where its lock is seen, and where only its lease tells.
+STOPPED_FOR_S, SILENT_FOR_S = 55.0, 4.0
 # Kinds of blows after which attempts may count as dead.
-DEADLY = frozenset({*KILLED, "worker stopped for a minute", "exit"})
+DEADLY = frozenset({*KILLED, "worker stopped for long", "exit"})
 
 
 @dataclass
@@ -59,10 +63,15 @@ class Post:
 
 
 class Crew:
-    """So many workers, watched by a thread between `start` and `stop`."""
+    """So many workers, watched by a thread between `start` and `stop`.
 
-    def __init__(self, deployment: Deployment, size: int) -> None:
+    Args:
+        hosts: A server directory for each host; the workers are spread over them, and none sees the locks of another's.
+    """
+
+    def __init__(self, deployment: Deployment, size: int, hosts: Sequence[Path]) -> None:
         self._deployment = deployment
+        self._hosts = hosts
         self.posts = [Post(f"worker-{number}") for number in range(1, size + 1)]
         self.blows: list[Blow] = []
         self.exits: list[str] = []
@@ -158,8 +167,8 @@ class Crew:
         finally:
             processes.send(pids, signal.SIGCONT)
             blow.over()
-            if (blow.until - blow.at).total_seconds() >= 55:
-                blow.kind = "worker stopped for a minute"
+            if (blow.until - blow.at).total_seconds() >= (STOPPED_FOR_S if len(self._hosts) == 1 else SILENT_FOR_S):
+                blow.kind = "worker stopped for long"
 
     def _gone(self, post: Post, chance: random.Random, kind: str) -> Blow:
         post.is_exit_expected = True
@@ -196,8 +205,9 @@ class Crew:
 
     def _man(self, post: Post) -> None:
         post.is_exit_expected = False
+        host = self._hosts[self.posts.index(post) % len(self._hosts)]
         post.worker = self._deployment.start_worker(
-            f"--concurrency={POOL_CHILDREN}", env={"WORKER_ID": post.name}, ready_timeout_s=0
+            f"--concurrency={POOL_CHILDREN}", env={"WORKER_ID": post.name, "CL_SERVER_DIR": host}, ready_timeout_s=0
         )
 
     # The end

@@ -42,6 +42,7 @@ class Size:
     jobs: int = 2000
     kills: int = 60
     workers: int = 3
+    hosts: int = 1
     minutes: float | None = None
 
     @property
@@ -125,7 +126,10 @@ class Scenario:
         material = Material(self._directory)
         material.make()
         workload = self._workload(material, disk)
-        crew = Crew(deployment, self._size.workers)
+        hosts = [self._server_dir, *(self._directory / f"host-{number}" for number in range(2, self._size.hosts + 1))]
+        for host in hosts[1:]:
+            host.mkdir()
+        crew = Crew(deployment, self._size.workers, hosts)
         havoc = self._havoc(crew, parts, disk)
         stack.callback(crew.stop_watching)
         subscriber = self._subscriber(stack, deployment, mqtt)

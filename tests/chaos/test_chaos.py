@@ -18,8 +18,8 @@ LONGEST_S = 600
     ("combination", "size"),
     [
         ("embedded", Size(jobs=300, kills=16, workers=2)),
-        pytest.param("rabbitmq", Size(jobs=200, kills=10, workers=2), marks=pytest.mark.storm),
-        pytest.param("redis", Size(jobs=200, kills=10, workers=2), marks=pytest.mark.storm),
+        pytest.param("rabbitmq", Size(jobs=200, kills=10, workers=3, hosts=2), marks=pytest.mark.storm),
+        pytest.param("redis", Size(jobs=200, kills=10, workers=3, hosts=2), marks=pytest.mark.storm),
     ],
     ids=["embedded", "rabbitmq", "redis"],
 )
