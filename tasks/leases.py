@@ -92,6 +92,11 @@ class Leases:
         """
         self._steady_since[0] = time.monotonic()
 
+    @property
+    def steady_s(self) -> float:
+        """For how long this worker has seen no outage."""
+        return time.monotonic() - self._steady_since[0]
+
     def judge(self, holder: Holder) -> Liveness:
         """Whether a holder lives, as the guard wants to know it."""
         if self.is_dead(holder):
@@ -106,8 +111,7 @@ class Leases:
         """
         if (path := self._lock_of(holder)) and not is_held(path):
             return True
-        steady_s = time.monotonic() - self._steady_since[0]
-        return self.seems_dead(holder) and steady_s >= self._app.settings.lease_timeout_s
+        return self.seems_dead(holder) and self.steady_s >= self._app.settings.lease_timeout_s
 
     def seems_dead(self, holder: Holder) -> bool:
         """Whether a holder has let go of its lock or is silent, be it for an outage: what one look can tell."""
@@ -166,7 +170,8 @@ class Watch:
     """Looks again and again at who holds a job that the broker has redelivered, as it lost the holder's connection.
 
     Where no lock can be seen the lease tells: a worker that lives renews it within LEASE_RENEW_S, and at once when it
-    has lost its broker (`Upkeep.renew_soon`). One that has missed a renewal since the redelivery is dead.
+    has lost its broker (`Upkeep.renew_soon`). One that has missed a renewal since the redelivery is dead, unless there
+    was an outage: then the watch begins anew.
     """
 
     def __init__(self, leases: Leases, *, renew_s: float) -> None:
@@ -181,7 +186,7 @@ class Watch:
         renewed_at, watched_since = self._first = self._first or (holder.renewed_at, time.monotonic())
         if holder.renewed_at > renewed_at:
             return Liveness.ALIVE
-        is_watched = time.monotonic() - watched_since >= WATCHED_FOR_S
+        is_watched = min(time.monotonic() - watched_since, self._leases.steady_s) >= WATCHED_FOR_S
         return Liveness.DEAD if is_watched and holder.silent_s >= self._renew_s + LATE_S else Liveness.UNCERTAIN
 
 

@@ -381,3 +381,14 @@ class TestWatch:
         assert look(renewed_s=-60) is Liveness.UNCERTAIN
 
         assert look(renewed_s=2) is Liveness.ALIVE
+
+    def test_one_that_could_not_renew_for_an_outage_since_is_watched_anew(self, look, leases, clock):
+        assert look(renewed_s=-2) is Liveness.UNCERTAIN
+        clock.pass_s(60)
+        leases.interrupted()
+        assert look(renewed_s=-2) is Liveness.UNCERTAIN
+        clock.pass_s(WATCHED_FOR_S - 0.5)
+        assert look(renewed_s=-2) is Liveness.UNCERTAIN
+        clock.pass_s(0.5)
+
+        assert look(renewed_s=-2) is Liveness.DEAD
