@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
+from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
@@ -278,16 +279,28 @@ class JobBackend(BaseBackend):
         return ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
 
     def _fail_body(self, body: Any, error: Exception, *, is_news: bool) -> None:
-        for task_id, signature in _results_of(body, self.app):
-            options = {**signature.options, "task_id": task_id, "chord": None, "chain": None, "link_error": None}
-            request = unsent(signature.task, signature.args, signature.kwargs, options)
-            is_news = self._end(task_id, error, Status.FAILED, None, request) or is_news
+        for request in _unsent_results(body, self.app):
+            request.chord = None
+            is_news = self._end(request.id, error, Status.FAILED, None, request) or is_news
         if not is_news:
             return
         try:
             raise error  # Celery reads it from the stack, and only a worker's pool child has one
         except Exception:
             self.chord_error_from_stack(body, error)
+
+    def _fail_chain(self, chain: Any, exc: Any, *args: Any, state: str = states.FAILURE, **kwargs: Any) -> None:
+        """As Celery's, which ends the steps behind a failed one by their own ids. Nobody waits for that of a group or a
+        chord: the jobs whose results are theirs, and which are never sent now, are ended in its place.
+        """
+        for step in chain if isinstance(chain, (list, tuple)) else ():
+            if isinstance(maybe_signature(step, app=self.app), (group, chord)):
+                for request in _unsent_results(step, self.app):
+                    if state == states.REVOKED:
+                        self.mark_as_revoked(request.id, str(exc), request=request)
+                    else:
+                        self.mark_as_failure(request.id, exc, request=request)
+        super()._fail_chain(chain, exc, *args, state=state, **kwargs)
 
 
 @contextmanager
@@ -298,6 +311,15 @@ def _following_up() -> Iterator[None]:
         yield
     finally:
         follows_up.reset(token)
+
+
+def _unsent_results(signature: Any, app: "MediaTasks") -> Iterator[Context]:
+    """The requests of the jobs whose results are those of a canvas that is never sent. Nothing follows from their ends
+    but the chord that they are members of.
+    """
+    for task_id, last in _results_of(signature, app):
+        options = {**last.options, "task_id": task_id, "chain": None, "link_error": None}
+        yield unsent(last.task, last.args, last.kwargs, options)
 
 
 def _results_of(signature: Any, app: "MediaTasks") -> Iterator[tuple[str, Any]]:
@@ -312,7 +334,7 @@ def _results_of(signature: Any, app: "MediaTasks") -> Iterator[tuple[str, Any]]:
         last = maybe_signature(last.body if isinstance(last, chord) else last.tasks[-1], app=app)
     if isinstance(last, group):
         yield from _results_of(last, app)
-    elif task_id := signature.id or last.id:
+    elif task_id := last.id or signature.id:  # a chord's own id is that of its header
         yield task_id, last
 
 

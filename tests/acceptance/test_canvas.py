@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from celery import chain, chord, group
-from celery.exceptions import ChordError
+from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import AsyncResult, GroupResult
 
+from tasks import control
 from tasks.errors import InvalidArguments
 from tests.acceptance.deployment import REPOSITORY, lines
 from tests.tooling.waiting import eventually, stays
@@ -207,6 +208,61 @@ def test_what_follows_a_failed_chord_in_a_chain_fails_too(deployment, task):
     with pytest.raises(Exception, match="in the group"):
         result.get(**GET)
     deployment.wait_for(result, "failed")  # `get` may have seen the member's end before this one
+
+
+BEHIND_A_FAILURE = {
+    "a group": lambda t, failing: chain(failing, _pair(t)),
+    "a step and a group": lambda t, failing: chain(failing, t.add.si(1, 1), _pair(t)),
+    "a group of canvases": lambda t, failing: chain(
+        failing, group(chain(t.add.si(1, 1), t.add.s(1)), chord([t.add.si(1, 1), t.add.si(2, 2)], t.total.s()))
+    ),
+    "two groups": lambda t, failing: chain(failing, _pair(t), _pair(t)),
+    "two groups and a step": lambda t, failing: chain(failing, _pair(t), _pair(t), t.total.si([1])),
+    "a group behind a chord": lambda t, failing: chain(group(t.add.si(1, 1), failing), t.total.s(), _pair(t)),
+    "a chord behind a group": lambda t, failing: chain(group(t.add.si(1, 1), failing), _pair(t), t.total.si([1])),
+    "a group in a chord": lambda t, failing: chord([chain(failing, _pair(t)), t.add.si(1, 1)], t.total.s()),
+}
+
+
+def _pair(task):
+    return group(task.add.si(1, 1), task.add.si(2, 2))
+
+
+@pytest.mark.parametrize("name", BEHIND_A_FAILURE)
+def test_what_waits_for_a_group_that_is_never_sent_hears_of_the_failure_before_it(deployment, task, name):
+    result = BEHIND_A_FAILURE[name](task, task.fail.si(message="before it"))()
+
+    with pytest.raises(Exception, match="before it"):
+        result.get(**GET)
+
+    ends = list(result) if isinstance(result, GroupResult) else [result]
+    assert [deployment.wait_for(end, "failed")["task_type"] for end in ends] == (
+        ["add", "total" if "canvases" in name else "add"] if len(ends) > 1 else ["total"]
+    )
+
+
+def test_a_group_behind_a_cancelled_step_is_cancelled(deployment, task, tmp_path):
+    result = chain(task.note.si(str(tmp_path / "runs"), "", 60.0), _pair(task))()
+    deployment.wait_for(result.parent, "running")
+
+    control.cancel(result.parent.id, app=deployment.app)
+
+    with pytest.raises(TaskRevokedError):
+        result.get(**GET)
+    assert [deployment.wait_for(member, "cancelled")["task_type"] for member in result] == ["add", "add"]
+
+
+def test_no_row_is_made_of_a_chord_that_is_never_sent_but_that_of_its_result(deployment, task):
+    result = chain(task.fail.si(message="before it"), _pair(task), task.total.s())()
+
+    with pytest.raises(ValueError, match="before it"):
+        result.get(**GET)
+    deployment.wait_for(result, "failed")
+    first = result
+    while first.parent is not None:
+        first = first.parent
+    eventually(lambda: deployment.row(first)["sequel"] == "told", 10)
+    assert [row["task_type"] for row in deployment.app.store.jobs(limit=2)] == ["total", "fail"]
 
 
 def test_a_failed_member_of_a_group_does_not_touch_the_others(deployment, task):
