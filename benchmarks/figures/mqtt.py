@@ -1,7 +1,8 @@
 """What MQTT costs the jobs, and how soon a subscriber knows: of a completion, and of a worker's death.
 
 The cost is a ratio to the same worker with BROADCAST_TYPE=noop, with a Mosquitto that takes all events, with none, and
-with one that is frozen just before each run, so that the worker takes it for alive.
+with a frozen one, in its two states: frozen just before each run, which is over before the keepalive is, so that the
+worker takes it for alive; and frozen for all rounds, so that the worker has lost its connection and gets no other one.
 """
 
 import json
@@ -24,7 +25,13 @@ from tests.tooling.waiting import eventually
 from tests.tooling.worker import Worker
 
 SIZE_PX = 400
-STATES = ("up", "down", "frozen")
+STATES = {
+    "up": "up",
+    "down": "down",
+    "frozen": "frozen just before each run, so taken for alive",
+    "silent": "frozen for all rounds, so lost and tried again",
+}
+LOST_WITHIN_S = 30.0
 COST, COST_TARGET = "image_resize to 400 px, Mosquitto {}, against BROADCAST_TYPE=noop", "≥ 0.98"
 SEEN, SEEN_TARGET = "`completed` seen by a subscriber, {}: p99", "≤ 100 ms"
 OWN, OWN_TARGET = "CPU of the jobs' own processes, Mosquitto up, against BROADCAST_TYPE=noop", "≤ 1.01"
@@ -36,22 +43,22 @@ Run = Callable[[list[str]], float]
 
 def measure(options: Options) -> Iterator[Row]:
     try:
-        broker, frozen = PrivateMosquitto(), PrivateMosquitto()
+        broker, frozen, silent = PrivateMosquitto(), PrivateMosquitto(), PrivateMosquitto()
     except ServiceMissing as exc:
         for figure, target in _figures():
             yield skipped(figure, target, str(exc))
         return
     with ExitStack() as stack:
-        for server in (broker, frozen):
+        for server in (broker, frozen, silent):
             stack.callback(server.remove)
             server.start()
-        yield from _costs(options, broker, frozen)
+        yield from _costs(options, broker, frozen, silent)
         yield _seen_one_by_one(options, broker)
         yield _will(options, broker)
 
 
 def _figures() -> Iterator[tuple[str, str]]:
-    for state in STATES:
+    for state in STATES.values():
         yield COST.format(state), COST_TARGET
     yield OWN, OWN_TARGET
     for load in (JOBS_UNDER_LOAD, JOBS_ONE_BY_ONE):
@@ -59,22 +66,28 @@ def _figures() -> Iterator[tuple[str, str]]:
     yield WILL, WILL_TARGET
 
 
-def _costs(options: Options, broker: PrivateMosquitto, frozen: PrivateMosquitto) -> Iterator[Row]:
+def _costs(
+    options: Options, broker: PrivateMosquitto, frozen: PrivateMosquitto, silent: PrivateMosquitto
+) -> Iterator[Row]:
     images, _ = photos(options)
     images = images * (8 if options.is_quick else 12)
     with ExitStack() as stack:
-        noop, up, down, silent = (
-            stack.enter_context(_resizing(options, name, **environment))
+        workers = {
+            name: stack.enter_context(_resizing(options, name, **environment))
             for name, environment in {
                 "noop": {"BROADCAST_TYPE": "noop"},
                 "up": _told_to(broker.port),
                 "down": _told_to(free_port()),
                 "frozen": _told_to(frozen.port),
+                "silent": _told_to(silent.port),
             }.items()
-        )
-        runs = {"noop": noop, "up": up, "down": down, "frozen": partial(_while_frozen, frozen, silent)}
+        }
+        runs: dict[str, Run] = {**workers, "frozen": partial(_while_frozen, frozen, workers["frozen"])}
         for run in runs.values():
             run(images[:8])
+        silent.pause()
+        workers["silent"].wait_for_log("is lost", LOST_WITHIN_S)
+        noop, up = workers["noop"], workers["up"]
         noop.own_cpu_ms, up.own_cpu_ms = [], []
         rates = interleaved({name: partial(_rested, run, images) for name, run in runs.items()}, options.rounds(5, 21))
         own_cpu_ms = ([*up.own_cpu_ms], [*noop.own_cpu_ms])
@@ -82,8 +95,8 @@ def _costs(options: Options, broker: PrivateMosquitto, frozen: PrivateMosquitto)
             for _ in range(options.rounds(2, 5)):
                 up(images)
             delays_ms = subscriber.delays_ms(len(images) * options.rounds(2, 5))
-    for state in STATES:
-        yield ratio_row(COST.format(state), COST_TARGET, rates[state], rates["noop"], unit="images/s", against="noop")
+    for name, state in STATES.items():
+        yield ratio_row(COST.format(state), COST_TARGET, rates[name], rates["noop"], unit="images/s", against="noop")
     if HAS_CPU_CLOCKS:
         yield ratio_row(OWN, OWN_TARGET, *own_cpu_ms, unit="ms an image", against="noop")
     else:
@@ -100,6 +113,9 @@ class _Resizing:
     def __init__(self, running: Worker, producer: Peer, outputs: Path) -> None:
         self._running, self._producer, self._outputs = running, producer, outputs
         self.own_cpu_ms: list[float] = []
+
+    def wait_for_log(self, text: str, timeout_s: float) -> None:
+        self._running.wait_for_log(text, timeout_s)
 
     def __call__(self, images: list[str]) -> float:
         before = cpu_s(self._running.child_pids())
