@@ -20,13 +20,14 @@ from kombu.utils.json import dumps
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import psycopg, psycopg2
+from sqlalchemy.exc import OperationalError
 
 from db import statements
 from db.prepared import DriverStatement
 from db.records import Event, NewJob, now
 from db.statements import LOG, log_row, new_row
 from tasks.enqueue import new_job
-from tasks.errors import InvalidArguments
+from tasks.errors import DatabaseNotReady, InvalidArguments
 from tasks.values import is_name
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HAS_TABLES: Final = "SELECT to_regclass('duties') IS NOT NULL AND to_regclass('task_queue') IS NOT NULL"
 _IDENTITY: Final = "SELECT holder FROM duties WHERE name = 'identity'"
+_MISSING: Final = ("no such table", "has no column named")
 # Parameters by name, as both PEP 249 drivers and our statements have them.
 _DIALECTS: Final[Mapping[str, Any]] = {
     "sqlite3": lambda: sqlite.dialect(paramstyle="named"),
@@ -82,6 +84,7 @@ def enqueue(
         InvalidArguments: The arguments can't work, or `connection` is of another database: submit with `.delay()` after
             the commit then (Django: `transaction.on_commit`).
         UnknownTask, UnknownQueue: Nobody can run it.
+        DatabaseNotReady: The database has no job tables yet, or older ones; the caller's transaction goes on.
     """
     from tasks.celery import app
 
@@ -130,9 +133,24 @@ class _Cursor(ABC):
         for name in ("b_parameters", "b_message"):  # whatever JSON the connection is set up for takes plain values
             row[name] = json.loads(dumps(row[name]))
         insert = statements.enqueue("sqlite" if self.is_sqlite else "postgresql").statement
-        with self._transaction():
+        with self._with_tables(store), self._transaction():
             if self.execute(insert, row):  # else its id is there already: the row stays as it is
                 self.execute(LOG.statement, log_row(job.job_id, 1, Event.CREATED, None, at, None, None))
+
+    @contextmanager
+    def _with_tables(self, store: "Store") -> Iterator[None]:
+        """Say what makes the tables of a SQLite file, which may not be looked for first (`_require`). Another
+        connection can't make them here: the caller's may hold the write lock.
+        """
+        try:
+            yield
+        except (sqlite3.OperationalError, OperationalError) as exc:
+            said = str(getattr(exc, "orig", exc))  # the driver's own words, without statement and parameters
+            if not any(missing in said for missing in _MISSING):
+                raise
+            raise DatabaseNotReady(
+                f"{store.database} has no job tables, or older ones ({said}); run: celery -A tasks db upgrade"
+            ) from exc
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -13,10 +13,11 @@ from psycopg2.extras import RealDictCursor
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
-from db import schema
+from db import schema, views
+from db.models import metadata
 from db.records import now
 from tasks import outbox
-from tasks.errors import InvalidArguments, PermanentError, UnknownTask
+from tasks.errors import DatabaseNotReady, InvalidArguments, PermanentError, UnknownTask
 from tasks.outgoing import Dispatcher
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import change, messages, run
@@ -134,6 +135,30 @@ def dispatched(host):
     sent = dispatcher.publish_due(10)
     dispatcher.close()
     return sent
+
+
+def drop_job_tables(host):
+    with host.app.store.database.transaction() as connection:
+        for view in views.NAMES:
+            connection.execute(text(f"DROP VIEW {view}"))
+        metadata.drop_all(connection)
+        connection.execute(text(f"DROP TABLE {schema.VERSION_TABLE}"))
+
+
+def test_a_database_without_the_job_tables_is_named_with_what_makes_them(host, caller):
+    drop_job_tables(host)
+    host.app.store.database.close()
+    caller.own(OWN_ROW)
+
+    with pytest.raises(DatabaseNotReady, match="run: celery -A tasks db upgrade") as told:
+        outbox.enqueue(caller.connection, host.task.add, 1, y=2)
+    caller.connection.commit()
+
+    assert str(host.app.store.database) in str(told.value)
+    assert "INSERT" not in str(told.value)
+    assert uploads(host) == 1
+    schema.upgrade(host.app.store.database)
+    outbox.enqueue(caller.connection, host.task.add, 1, y=2)
 
 
 def test_a_commit_writes_the_job_with_the_callers_own_rows_and_a_worker_sends_it(host, caller):
