@@ -199,7 +199,7 @@ class _Reader:
         """A variable, or the first line of the file that `{name}_FILE` names."""
         path = self._environment.get(f"{name}_FILE")
         try:
-            value = Path(path).read_text().strip("\r\n") if path else self._environment.get(name)
+            value = Path(path).read_text().lstrip("\n").partition("\n")[0] if path else self._environment.get(name)
         except (OSError, UnicodeDecodeError) as exc:
             reason = getattr(exc, "strerror", None) or "it is no text"
             self.mqtt_faults.append(f"{name}_FILE={path!r} can't be read: {reason}")

@@ -306,8 +306,9 @@ def test_the_readme_tells_the_defaults(documented):
     assert (told["ENQUEUE"], told["LOG_LEVEL"], told["LOG_FORMAT"]) == ("strict", "INFO", "console")
 
 
-def test_a_secret_may_stand_in_a_file(tmp_path):
-    (tmp_path / "secret").write_text("from a file\n")
+@pytest.mark.parametrize("text", ["from a file", "from a file\n", "from a file\r\n", "from a file\nand a note\n"])
+def test_a_secret_may_stand_in_the_first_line_of_a_file(tmp_path, text):
+    (tmp_path / "secret").write_bytes(text.encode())
 
     settings = read_settings(HOME | {"MQTT_PASSWORD": "ignored", "MQTT_PASSWORD_FILE": str(tmp_path / "secret")})
 
