@@ -151,10 +151,17 @@ class Job(Task):
         return self.app.patiently(lambda: is_spared(self.app, self.request.id))
 
     def _retried(self, exc: Exception) -> Any:
-        """The retry that is on its way; the error itself after the last one, or in an eager run, which has no later."""
+        """The retry that is on its way; the error itself after the last one, where a server wants to be left alone for
+        too long, or in an eager run, which has no later.
+        """
         if self.request.is_eager:
             return exc
-        return self.retry(exc=exc, countdown=remedy.delay_s(exc, self.request.retries), throw=False)
+        delay_s = remedy.delay_s(exc, self.request.retries)
+        if delay_s > remedy.SERVER_LONGEST_S:
+            told = "%s[%s] is not tried again: the server asks for %.0f s, and no retry waits for more than %.0f s"
+            logger.warning(told, self.name, self.request.id, delay_s, remedy.SERVER_LONGEST_S)
+            return exc
+        return self.retry(exc=exc, countdown=delay_s, throw=False)
 
     def _given_back(self, reason: str) -> Any:
         """The attempt ends without fault of the job, which is queued again; an eager run has nobody to be given to."""

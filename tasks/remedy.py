@@ -18,6 +18,8 @@ from tasks.errors import MediaTasksError, TransientError
 
 RETRY_FIRST_S: Final = 2.0
 RETRY_LONGEST_S: Final = 600.0
+SERVER_LONGEST_S: Final = 86_400.0
+"""A job whose server wants to be left alone for longer fails: somebody has to hear of that rather than to wait."""
 
 _TRANSIENT_ERRNOS: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED}
@@ -100,15 +102,17 @@ def delay_s(exc: BaseException, retries: int) -> float:
     """Seconds until the next attempt: exponential backoff 2, 4, 8 ... 600 s with a jitter of a quarter around it.
 
     The jitter stands around the delay, not between zero and it, so that a retry never comes at once. A server that says
-    `Retry-After` is not asked earlier (nor later than the longest delay, whatever it says).
+    `Retry-After` is not asked earlier, whatever it says: above SERVER_LONGEST_S the caller has to give up.
     """
     backoff_s = RETRY_FIRST_S * 2.0 ** min(retries, 20)
     jittered_s = min(backoff_s, RETRY_LONGEST_S) * random.uniform(0.75, 1.25)  # noqa: S311 (no secret)
-    return max(jittered_s, min(retry_after_s(exc) or 0.0, RETRY_LONGEST_S))
+    return max(jittered_s, retry_after_s(exc) or 0.0)
 
 
 def retry_after_s(exc: BaseException) -> float | None:
-    """What the server said: an attribute `retry_after_s`, or a header (RFC 9110, 10.2.3: seconds or a date)."""
+    """What the server said: an attribute `retry_after_s`, or a header (RFC 9110, 10.2.3: seconds, or a date,
+    which is held against the clock of this host).
+    """
     said = getattr(exc, "retry_after_s", None)
     if isinstance(said, (int, float)):
         return max(float(said), 0.0)

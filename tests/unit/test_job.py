@@ -2,6 +2,7 @@
 
 import re
 import time
+from datetime import timedelta
 from threading import Thread
 
 import pytest
@@ -13,7 +14,8 @@ from db.records import Failure, Liveness, Status, now
 from tasks import remedy
 from tasks.errors import AttemptLost
 from tasks.leftovers import token_of
-from tests.unit.jobs import change, claim, claimed_by, messages, new_job, run, silent_for
+from tasks.outgoing import Dispatcher
+from tests.unit.jobs import change, claim, claimed_by, messages, new_job, publications, run, silent_for
 
 FAILURE = Failure(error_type="E", error_message="m")
 
@@ -160,8 +162,8 @@ def test_a_transient_error_of_the_last_attempt_fails_the_job_with_it(producer, t
 
 
 @pytest.mark.parametrize("name", ["be_limited", "be_limited_by_http"])
-@pytest.mark.parametrize(("said_s", "rests_s"), [(90, 90), (7200, 600)])
-def test_a_job_rests_for_as_long_as_a_server_wants_to_be_left_alone(producer, task, name, said_s, rests_s):
+@pytest.mark.parametrize("said_s", [90, 3600, 86_400])
+def test_a_job_rests_for_as_long_as_a_server_wants_to_be_left_alone(producer, task, name, said_s):
     limited = getattr(task, name)
     job = limited.delay(said_s)
     messages(producer, name)
@@ -169,8 +171,36 @@ def test_a_job_rests_for_as_long_as_a_server_wants_to_be_left_alone(producer, ta
     assert run(limited, job.id, said_s, publication=1) == "RETRY"
     row = producer.row(job)
     assert (row["status"], row["published_at"], row["retry_count"]) == ("queued", None, 1)
-    assert (row["run_after_utc"] - row["updated_at"]).total_seconds() == pytest.approx(rests_s, abs=1)
+    assert (row["run_after_utc"] - row["updated_at"]).total_seconds() == pytest.approx(said_s, abs=1)
     assert producer.app.store.take_due(10) == []
+
+
+def test_a_job_whose_server_says_never_fails_and_says_why_it_is_not_tried_again(producer, task, caplog):
+    job = task.be_limited.delay(86_401)
+
+    assert run(task.be_limited, job.id, 86_401, publication=1) == "FAILURE"
+    row = producer.row(job)
+    assert (row["status"], row["retry_count"], row["error_type"]) == ("failed", 0, "RateLimited")
+    assert "the server asks for 86401 s, and no retry waits for more than 86400 s" in caplog.text
+
+
+def test_a_retry_that_rests_for_an_hour_is_left_alone_until_then_and_sent(producer, task, reconciler, clock):
+    job = task.be_limited.delay(3600)
+    messages(producer, "be_limited")
+    run(task.be_limited, job.id, 3600, publication=1)
+    dispatcher = Dispatcher(producer.app)
+
+    for _ in range(6):  # longer than the reconciler waits for a message that it misses
+        reconciler.round()
+        clock.pass_s(60)
+    assert dispatcher.publish_due(10) == 0
+    assert messages(producer, "be_limited") == []
+
+    change(producer.app, job, run_after_utc=producer.row(job)["run_after_utc"] - timedelta(seconds=3600))
+    assert dispatcher.publish_due(10) == 1
+    dispatcher.close()
+    assert publications(producer, "be_limited") == [(job.id, 2)]
+    assert producer.events(job) == ["created", "claimed", "started", "retry"]
 
 
 def test_a_permanent_error_fails_the_job_at_once(producer, task):

@@ -235,9 +235,15 @@ def test_a_date_that_is_over_is_no_reason_to_wait():
     assert remedy.retry_after_s(http_error(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")) == 0
 
 
-@pytest.mark.parametrize("said", ["86400", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
-def test_a_server_that_says_never_is_asked_after_the_longest_delay(said):
-    assert remedy.delay_s(http_error(429, Retry_After=said), 0) == 600
+@pytest.mark.parametrize("said_s", [601, 3600, 86_400])
+def test_only_a_delay_of_our_own_ends_at_ten_minutes(said_s):
+    assert remedy.delay_s(errors.RateLimited("slow down", said_s), 9) == said_s
+    assert remedy.delay_s(http_error(429, Retry_After=str(said_s)), 9) == said_s
+
+
+@pytest.mark.parametrize("said", ["86401", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_server_that_says_never_is_not_asked_within_a_day(said):
+    assert remedy.delay_s(http_error(429, Retry_After=said), 0) > remedy.SERVER_LONGEST_S == 86_400
 
 
 @pytest.mark.parametrize("said", ["soon", "", "-5", "1.5.2", "Wed, 99 Oct 2015"])
