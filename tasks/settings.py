@@ -121,6 +121,14 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             "QUEUE_STRATEGY: RabbitMQ and Redis only know PRIORITY; unset it, or use the embedded broker "
             "(unset CELERY_BROKER_URL)"
         )
+    worker_id = worker_name("WORKER_ID", environment.get("WORKER_ID") or "") or f"{socket.gethostname()}-{os.getpid()}"
+    mqtt_topic = read.topic("MQTT_TOPIC", "inference/events")
+    capability_topic_prefix = read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers")
+    if mqtt_topic.rpartition("/")[::2] == (capability_topic_prefix, worker_id):
+        raise SettingsError(
+            f"MQTT_TOPIC={mqtt_topic!r:.60} would be the topic of WORKER_ID={worker_id!r:.60} below "
+            f"CAPABILITY_TOPIC_PREFIX={capability_topic_prefix!r:.60}, too; choose another prefix"
+        )
     mqtt_use_tls = read.switch("MQTT_USE_TLS", default=False)
     mqtt_broker = read.mqtt_host("MQTT_BROKER", "localhost")
     mqtt_username = read.mqtt_secret("MQTT_USERNAME")
@@ -130,8 +138,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         database_url=read.url("DATABASE_URL", f"sqlite:///{server_dir / 'media_store.db'}", ("sqlite", "postgresql")),
         broker_url=broker_url,
         enqueue=read.choice("ENQUEUE", "strict", ENQUEUE_WAYS),
-        worker_id=worker_name("WORKER_ID", environment.get("WORKER_ID") or "")
-        or f"{socket.gethostname()}-{os.getpid()}",
+        worker_id=worker_id,
         worker_supported_tasks=read.names("WORKER_SUPPORTED_TASKS"),
         worker_poll_interval_s=read.number("WORKER_POLL_INTERVAL", 1.0, above=0, most=HOUR_S),
         lease_renew_s=lease_renew_s,
@@ -154,8 +161,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         broadcast_type=read.choice("BROADCAST_TYPE", "mqtt", BROADCAST_TYPES),
         mqtt_broker=mqtt_broker,
         mqtt_port=read.whole("MQTT_PORT", 8883 if mqtt_use_tls else 1883, least=1, most=LAST_PORT),
-        mqtt_topic=read.topic("MQTT_TOPIC", "inference/events"),
-        capability_topic_prefix=read.topic("CAPABILITY_TOPIC_PREFIX", "inference/workers"),
+        mqtt_topic=mqtt_topic,
+        capability_topic_prefix=capability_topic_prefix,
         mqtt_heartbeat_interval_s=read.number("MQTT_HEARTBEAT_INTERVAL", 30.0, above=0, most=DAY_S),
         mqtt_username=mqtt_username,
         mqtt_password=mqtt_password,

@@ -306,6 +306,16 @@ def test_the_readme_tells_the_defaults(documented):
     assert (told["ENQUEUE"], told["LOG_LEVEL"], told["LOG_FORMAT"]) == ("strict", "INFO", "console")
 
 
+def test_a_workers_topic_that_would_be_that_of_events_is_refused_with_both_names():
+    own = HOME | {"CAPABILITY_TOPIC_PREFIX": "inference", "WORKER_ID": "events"}
+
+    with pytest.raises(SettingsError, match=r"MQTT_TOPIC=.*WORKER_ID='events'.*CAPABILITY_TOPIC_PREFIX='inference'"):
+        read_settings(own)
+
+    assert read_settings(own | {"WORKER_ID": "edge-1"}).worker_id == "edge-1"
+    assert read_settings(own | {"MQTT_TOPIC": "events"}).mqtt_topic == "events"
+
+
 @pytest.mark.parametrize("text", ["from a file", "from a file\n", "from a file\r\n", "from a file\nand a note\n"])
 def test_a_secret_may_stand_in_the_first_line_of_a_file(tmp_path, text):
     (tmp_path / "secret").write_bytes(text.encode())
