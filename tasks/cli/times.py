@@ -1,5 +1,6 @@
 """Durations and times as people type them: 90, 90s, 10m, 2h, 1d; a time is so long ago, or ISO text."""
 
+import math
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -25,6 +26,19 @@ class Duration(ParamType):
         if seconds is None or not 0 < seconds <= LONGEST_PAUSE_S:
             longest = f"{LONGEST_PAUSE_S / _SECONDS['d']:.0f}d"
             self.fail(f"{value!r} is no duration such as 90, 90s, 10m, 2h or 1d, up to {longest}", param, ctx)
+        return seconds
+
+
+class Patience(click.FloatRange):
+    """Seconds above 0 to wait at most."""
+
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):  # which is in every range, since it is neither above nor below anything
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
         return seconds
 
 

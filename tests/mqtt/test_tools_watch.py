@@ -100,6 +100,15 @@ def test_fewer_events_than_counted_within_the_time_is_exit_code_1(watch):
     assert watching.rest("err") == []
 
 
+@pytest.mark.parametrize("timeout", ["nan", "0", "-1", "soon"])
+def test_a_time_that_is_none_is_refused(tools, timeout):
+    result = tools.mqtt("watch", "--timeout", timeout)
+
+    assert result.exit_code == 2
+    assert "--timeout" in result.stderr
+    assert timeout in result.stderr
+
+
 def test_it_comes_back_with_the_broker_and_says_how_to_fetch_what_was_missed(tools_for, private_mosquitto):
     server = private_mosquitto()
     tools = tools_for(server.port)
