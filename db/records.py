@@ -135,6 +135,10 @@ class Liveness(Enum):
     UNCERTAIN = "uncertain"
 
 
+EAGER = "eager-"
+"""How the names of leases begin that belong to no worker."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """A worker's lease as its row shows it, and when that was looked at: by one clock, the database server's."""
@@ -144,6 +148,11 @@ class Holder:
     host_id: str
     renewed_at: datetime
     seen_at: datetime
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether it is no worker, but a process that runs a job itself, by `apply()`."""
+        return self.lease.startswith(EAGER)
 
     @property
     def silent_s(self) -> float:

@@ -100,6 +100,15 @@ class Job(Task):
                 raise
             raise verdict from exc
 
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's: the job runs in this process, now. Should that be killed, the job fails with `WorkerLost`: who
+        called has died with it, and no message could run it again.
+        """
+        if not self.app.is_recorded(self.name):
+            return super().apply(*args, **kwargs)
+        with self.app.leases.of_eager_run():
+            return super().apply(*args, **kwargs)
+
     def _call_body(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run it with absolute paths; while it runs, a soft time limit has somebody to interrupt."""
         bound = self.arguments.bind_absolute(args, kwargs)
@@ -317,7 +326,8 @@ class Job(Task):
         row = store.job(request.id)
         if row is None:
             return 1
-        is_own = (row["status"], row["lease"], row["claimed_by"]) == (Status.RUNNING, None, self.app.worker_id)
+        mine = (Status.RUNNING, self.app.leases.eager, self.app.worker_id)
+        is_own = (row["status"], row["lease"], row["claimed_by"]) == mine
         if is_own and request.retries:
             store.requeue(request.id, attempt=row["attempt"], event=Event.RETRY, retry_count=request.retries)
         return int(row["publication"]) + (is_own and bool(request.retries))
@@ -379,7 +389,7 @@ class Job(Task):
                 unknown=lambda: self._unknown_job(args, kwargs),
                 publication=self._eager_publication() if request.is_eager else request.get("publication") or 1,
                 worker_id=app.worker_id,
-                lease=None if request.is_eager else app.lease,
+                lease=app.leases.eager if request.is_eager else app.lease,
                 judge=judge_now,
                 max_deaths=app.settings.max_deaths,
             )
@@ -426,7 +436,17 @@ def close_out_of_time(app: "MediaTasks", row: Row, error: JobTimeout) -> None:
     """
     if is_spared(app, row["job_id"]):
         close_attempt(app, row, NO_ANSWER, is_death=False)
-        return
+    else:
+        _fail_attempt(app, row, error)
+
+
+def close_eager(app: "MediaTasks", row: Row) -> None:
+    """End the attempt that a row stands at, which a process ran by `apply()` that has died: the job fails."""
+    _fail_attempt(app, row, WorkerLost("the process that ran it by apply() died; replay it, or call it again"))
+
+
+def _fail_attempt(app: "MediaTasks", row: Row, error: Exception) -> None:
+    """Fail the job of an attempt whose process is gone, unless that attempt runs no more."""
     remove_temp_files_of_row(app, row)
     request = request_of_row(row)
     request.attempt = row["attempt"]

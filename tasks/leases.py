@@ -1,23 +1,25 @@
 """Leases: who holds attempts, and whether they live. In: this process's worker, or a holder's row. Out: a `Liveness`.
 
 A worker's main process holds one lease for all its attempts: a `flock` that the kernel lets go at any death, and a row;
-both are renewed. On the host where the lock can be seen the lock decides; a holder that has not renewed it for a minute
-is stopped, and counts as dead too. Elsewhere the row decides, after LEASE_TIMEOUT_S. Silence proves nothing after an
-outage: who could not reach the database could not renew. No process id is ever compared, and no clock that somebody can
-set.
+both are renewed. A process that runs a job itself (`apply()`) holds one meanwhile. On the host where the lock can be
+seen the lock decides; a holder that has not renewed it for a minute is stopped, and counts as dead too. Elsewhere the
+row decides, after LEASE_TIMEOUT_S. Silence proves nothing after an outage: who could not reach the database could not
+renew. No process id is ever compared, and no clock that somebody can set.
 """
 
 import os
 import random
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from mmap import mmap
 from pathlib import Path
+from threading import Event, Thread, local
 from typing import TYPE_CHECKING, Final
 
-from db.records import Holder, Liveness
+from db.records import EAGER, Holder, Liveness
 from tasks.broker.lease import Lease, is_held, silent_s
 from tasks.errors import SettingsError
 
@@ -33,6 +35,12 @@ _REFUSED_AFTER_S: Final = 10.0
 _RETRY_S: Final = 0.25
 
 
+class _Here(local):
+    """Of each thread."""
+
+    eager: str | None = None
+
+
 class Leases:
     """The leases of one deployment, as this host sees them."""
 
@@ -40,6 +48,7 @@ class Leases:
         self._app: Final = app
         self._directory: Final = Path(app.settings.server_dir) / "leases"
         self._mine: Lease | None = None
+        self._here: Final = _Here()
         # Of this process and of the pool children that it forks: the guard in a child is to know what the upkeep saw.
         self._steady_since: Final = memoryview(mmap(-1, 8)).cast("d")
         self.interrupted()
@@ -70,6 +79,57 @@ class Leases:
         """Give the lease back; its row stays for as long as it holds an attempt."""
         if self._app.store.forget_lease(self.mine):
             self._held.release()  # else the lock goes with this process, and its file shows that it did
+
+    @contextmanager
+    def of_eager_run(self) -> Iterator[None]:
+        """Hold a lease, which is renewed, while this thread runs a job itself: should its process die, others see it.
+
+        A run within a run holds the same. Where no lock can be kept there is none, and nobody can tell.
+        """
+        try:
+            lease = None if self._here.eager else Lease(self._directory, prefix=EAGER)
+        except OSError:
+            lease = None
+        if lease is None:
+            yield
+            return
+        with self._renewed(lease):
+            self._here.eager = lease.name
+            try:
+                yield
+            finally:
+                self._here.eager = None
+
+    @property
+    def eager(self) -> str | None:
+        """The name of the lease under which this thread runs a job itself."""
+        return self._here.eager
+
+    @contextmanager
+    def _renewed(self, lease: Lease) -> Iterator[None]:
+        from sqlalchemy.exc import SQLAlchemyError  # a producer loads it only when it needs it
+
+        def renew() -> None:
+            lease.touch()
+            self._app.store.renew_lease(lease.name, self._app.worker_id, self.host_id)
+
+        def go_on_renewing() -> None:
+            while not is_over.wait(self._app.settings.lease_renew_s):
+                with suppress(SQLAlchemyError):
+                    renew()
+
+        is_over = Event()
+        thread = Thread(target=go_on_renewing, name=lease.name, daemon=True)
+        thread.start()
+        try:
+            self._app.patiently(renew)
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+            with suppress(SQLAlchemyError):
+                self._app.store.forget_lease(lease.name)
+            lease.release()
 
     @property
     def mine(self) -> str:
@@ -154,7 +214,7 @@ class Leases:
     def _is_held(self) -> bool:
         """Whether somebody else who may be alive has this worker's name."""
         holders = self._app.store.holders(worker_id=self._app.worker_id)
-        others = [holder for holder in holders if holder.lease != self._app.lease]
+        others = [holder for holder in holders if holder.lease != self._app.lease and not holder.is_eager]
         return not all(self.seems_dead(holder) for holder in others)
 
     def sweep(self) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from db.records import Holder, now
-from tasks.job import close_attempt
+from tasks.job import close_attempt, close_eager
 from tasks.leftovers import remove_temp_files_of_row
 from tasks.lost_messages import LostMessages
 from tasks.rows import request_of_row
@@ -76,10 +76,13 @@ class Reconciler:
                 continue
             for row in self._app.store.held_by(holder.worker_id, holder.lease):
                 text = f"its worker {holder.worker_id} is dead; attempt {row['attempt']} is closed"
-                yield Finding(
-                    "dead holders", row["job_id"], text, partial(close_attempt, self._app, row, "its worker died")
-                )
-            yield Finding("dead holders", holder.worker_id, "the worker is dead", partial(self._forget, holder))
+                mend: Callable[[], Any] = partial(close_attempt, self._app, row, "its worker died")
+                if holder.is_eager:
+                    text = "the process that ran it by apply() is dead; it fails"
+                    mend = partial(close_eager, self._app, row)
+                yield Finding("dead holders", row["job_id"], text, mend)
+            what = "a process that ran jobs by apply()" if holder.is_eager else "the worker"
+            yield Finding("dead holders", holder.worker_id, f"{what} is dead", partial(self._forget, holder))
 
     def untold_ends(self) -> Iterator[Finding]:
         """Chords, chains and errbacks that have not heard of the end of a job."""

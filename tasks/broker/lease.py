@@ -26,9 +26,9 @@ class Lease:
         OSError: the directory can't be made or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, prefix: str = "") -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.name = uuid4().hex
+        self.name = f"{prefix}{uuid4().hex}"
         self.path = directory / self.name
         unlocked = self.path.with_suffix(".new")
         self._fd: int | None = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)

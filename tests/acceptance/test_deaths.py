@@ -2,12 +2,20 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import pyvips
 
-from tests.acceptance.deployment import deployed, kill_pool_child_that_notes, lines
+from tests.acceptance.deployment import (
+    REPOSITORY,
+    deployed,
+    kill_pool_child_that_notes,
+    lines,
+)
+from tests.tooling.environment import without_settings
 from tests.tooling.locks import Lock
 from tests.tooling.waiting import eventually
 
@@ -183,6 +191,34 @@ def test_an_eager_run_is_recorded(own, task):
     assert result.get() == 42
     assert own.events(result) == COMPLETED
     assert own.row(result)["result_data"] == 42
+
+
+def test_an_eager_run_whose_process_is_killed_fails_and_a_living_one_goes_on(own, task, tmp_path):
+    code = "import sys; from tests.acceptance.capabilities import note; note.apply((sys.argv[1], '', 60.0))"
+    env = without_settings(os.environ) | {name: str(value) for name, value in own.env.items()}
+    env["PYTHONPATH"] = str(REPOSITORY)
+    callers = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / name], env=env, cwd=REPOSITORY)
+        for name in ("killed", "living")
+    ]
+    try:
+        eventually(lambda: lines(tmp_path / "killed") and lines(tmp_path / "living"), 30)
+        own.start_worker("--concurrency=1")
+        dead, living = (
+            next(row for row in own.app.store.jobs() if row["parameters"]["file"] == str(tmp_path / name))["job_id"]
+            for name in ("killed", "living")
+        )
+        callers[0].kill()
+
+        row = own.wait_for(dead, "failed", timeout_s=15)
+        assert (row["error_type"], row["deaths"]) == ("WorkerLost", 0)
+        assert own.events(dead) == ["created", "claimed", "started", "failed"]
+        assert own.row(living)["status"] == "running"
+        assert lines(tmp_path / "killed") == ["begin "]
+    finally:
+        for caller in callers:
+            caller.kill()
+            caller.wait()
 
 
 def test_an_eager_run_that_fails_is_recorded(own, task):

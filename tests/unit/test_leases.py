@@ -14,6 +14,7 @@ import pytest
 from db.records import Holder, Liveness, now
 from tasks.errors import SettingsError
 from tasks.leases import LATE_S, WATCHED_FOR_S, Leases, Watch
+from tests.tooling.waiting import eventually
 from tests.unit.jobs import claimed_by
 
 STEADY_S = 15.0  # LEASE_TIMEOUT_S
@@ -392,3 +393,26 @@ class TestWatch:
         clock.pass_s(0.5)
 
         assert look(renewed_s=-2) is Liveness.DEAD
+
+
+def test_a_process_holds_a_lease_while_it_runs_a_job_itself(producer, app, leases, monkeypatch):
+    monkeypatch.setitem(app.__dict__, "settings", replace(app.settings, lease_renew_s=0.05))
+
+    with leases.of_eager_run():
+        name = leases.eager
+        holder = holder_of(producer, app.worker_id)
+        with leases.of_eager_run():
+            assert leases.eager == name
+        assert (holder.lease, holder.is_eager, leases.judge(holder)) == (name, True, Liveness.ALIVE)
+        eventually(lambda: holder_of(producer, app.worker_id).renewed_at > holder.renewed_at, 5)
+        leases.take()  # a worker of that name is no double
+
+    assert leases.eager is None
+    assert [holder.lease for holder in app.store.holders()] == [leases.mine]
+    assert not list(Path(app.settings.server_dir, "leases").glob("eager-*"))
+
+
+def test_a_job_runs_in_its_callers_process_where_no_lease_can_be_kept(producer, app, add):
+    Path(app.settings.server_dir, "leases").touch()
+
+    assert add.apply((1, 2)).get() == 3

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from celery import chain, chord
 
-from db.records import Fence, Status, now
+from db.records import EAGER, Fence, Status, now
 from tasks import control
 from tasks.errors import CorruptMedia
 from tasks.leftovers import token_of
@@ -60,6 +60,23 @@ def test_a_job_that_kills_its_workers_fails_after_the_third_and_says_why(produce
     assert (row["status"], row["error_type"]) == ("failed", "WorkerLost")
     assert row["error_message"].startswith("3 workers died while running this job")
     assert dispatcher.publish_due(10) == 0
+
+
+def test_a_job_whose_caller_ran_it_and_died_fails_and_never_runs_again(producer, app, reconciler, tmp_path):
+    job = producer.task.image_resize.delay(tmp_path / "in.jpg", tmp_path / "out.webp", width=9)
+    lease = f"{EAGER}1"
+    leave_lock(app, lease)
+    app.store.renew_lease(lease, "caller", app.leases.host_id)
+    attempt = claim(app.store, new_job(job.id), "caller", lease=lease).attempt
+    part = tmp_path / f".media-tasks-{token_of(job.id, attempt)}-abc.part"
+    part.touch()
+
+    assert job.id in mend(reconciler.dead_holders())
+
+    row = producer.row(job)
+    assert (row["status"], row["error_type"], row["attempt"], part.exists()) == ("failed", "WorkerLost", attempt, False)
+    assert "apply()" in row["error_message"]
+    assert lease not in {holder.lease for holder in app.store.holders()}
 
 
 def test_only_the_temp_files_of_the_dead_attempt_are_removed(producer, reconciler, tmp_path):
