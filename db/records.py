@@ -76,7 +76,8 @@ GONE = (WorkerStatus.STOPPED, WorkerStatus.LOST)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """A job as it is submitted. `message` holds args, kwargs and options for its messages. `sequel` is PENDING
-    if something follows from its end: the next step of a chain, a chord, an errback.
+    if something follows from its end: the next step of a chain, a chord, an errback. It is due at `run_after_utc`, or
+    `delay_s` after it is written, by the database's clock.
     """
 
     job_id: str
@@ -88,6 +89,7 @@ class NewJob:
     max_retries: int | None = None
     retry_count: int = 0
     run_after_utc: datetime | None = None
+    delay_s: float = 0.0
     expires_at: datetime | None = None
     root_id: str | None = None
     parent_id: str | None = None
@@ -97,6 +99,10 @@ class NewJob:
     sequel: Sequel | None = None
     unique_key: str | None = None
     unique_until: datetime | None = None
+
+    @property
+    def is_due_later(self) -> bool:
+        return self.run_after_utc is not None or self.delay_s > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ in one round trip; SQLite, which takes no INSERT inside a WITH, in two.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any, Final, NamedTuple
@@ -176,9 +176,12 @@ def log_row(
 def new_row(
     job: NewJob, at: datetime, *, publication: int = 1, is_resting: bool = False, was_sent: bool = True
 ) -> dict[str, Any]:
-    """The parameters of `enqueue`. A resting row has no message; it is due at the job's `run_after_utc`, or at once."""
+    """The parameters of `enqueue`. A resting row has no message; it is due at the job's `run_after_utc`, or `delay_s`
+    from now.
+    """
     return {
-        **{f"b_{name}": getattr(job, name) for name in job.__slots__},
+        **{f"b_{name}": getattr(job, name) for name in job.__slots__ if name != "delay_s"},
+        "b_due_at": at + timedelta(seconds=job.delay_s),
         "b_publication": publication,
         "b_published_at": at if was_sent and not is_resting else None,
         "b_is_resting": is_resting,
@@ -214,14 +217,16 @@ _ENQUEUED: Final = (
 def enqueue(backend: str) -> Change:
     """A new row, unless its job_id is there already; in the words of `sqlite` or `postgresql`.
 
-    With `b_is_resting` and no `b_run_after_utc` it is due at once, by the clock of a PostgreSQL server: those of the
-    hosts that submit may differ.
+    With `b_is_resting` and no `b_run_after_utc` it is due as long after `b_now` as `b_due_at` is, but by the clock of a
+    PostgreSQL server: those of the hosts that submit may differ.
     """
     at = bindparam("b_now", type_=UTCDateTime)
     values: dict[str, Any] = {name: bindparam(f"b_{name}", type_=_job[name].type) for name in _ENQUEUED}
-    clock = func.clock_timestamp() if backend == "postgresql" else at
-    at_once = case((bindparam("b_is_resting", type_=Boolean), clock), else_=null())
-    values["run_after_utc"] = func.coalesce(values["run_after_utc"], at_once)
+    due_at: Any = bindparam("b_due_at", type_=UTCDateTime)
+    if backend == "postgresql":
+        due_at = func.clock_timestamp(type_=UTCDateTime) + (due_at - at)
+    resting = case((bindparam("b_is_resting", type_=Boolean), due_at), else_=null())
+    values["run_after_utc"] = func.coalesce(values["run_after_utc"], resting)
     times = dict.fromkeys(("created_at", "updated_at"), at)
     dialect = import_module(f"sqlalchemy.dialects.{backend}")
     statement = dialect.insert(task_queue).values(**values, **times, status=Status.QUEUED)

@@ -145,7 +145,7 @@ def new_job(
     if fault := json_fault([args, kwargs]):
         raise InvalidArguments(f"{name}: an argument is no JSON: {fault}")
     unique_key, unique_until = _uniqueness(name, args, kwargs, options)
-    run_after_utc = due(name, options)
+    run_after_utc, delay_s = due(name, options)
     if options.get("link"):
         options["link"] = [_with_id(step, app) for step in maybe_list(options["link"])]
     expires_at = options["expires"] = expiry(name, options)  # row and message say the same
@@ -159,6 +159,7 @@ def new_job(
         max_retries=getattr(task, "max_retries", None),
         retry_count=options.get("retries") or 0,
         run_after_utc=run_after_utc,
+        delay_s=delay_s,
         expires_at=expires_at,
         root_id=options.get("root_id") or (request and (request.root_id or request.id)) or options["task_id"],
         parent_id=options.get("parent_id") or (request and request.id),
@@ -194,7 +195,7 @@ def _enqueue(app: "MediaTasks", job: NewJob, *, is_patient: bool) -> tuple[str, 
     """
     store = app.store
     is_told = follows_up.get() and app.current_worker_task is None  # no pool child: the dispatcher sends it
-    is_resting = is_told or app.settings.enqueue == "outbox" or job.run_after_utc is not None
+    is_resting = is_told or app.settings.enqueue == "outbox" or job.is_due_later
 
     def enqueued() -> tuple[str, Publication | None]:
         job_id, publication = job.job_id, None
@@ -230,13 +231,15 @@ def _requeue(
     next publication, and keeps what is to run then.
     """
     error = request.get("retry_error")
+    run_after_utc, delay_s = due(name, options)
     return app.patiently(
         lambda: app.store.requeue(
             request.id,
             attempt=request.attempt,
             event=Event.RETRY if name == request.task else Event.REPLACED,
             retry_count=options.get("retries") or 0,
-            run_after_utc=due(name, options),
+            run_after_utc=run_after_utc,
+            delay_s=delay_s,
             failure=describe(error) if error is not None else None,
             changed=_changed(app, request, name, args, kwargs, options),
         )

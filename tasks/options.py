@@ -18,6 +18,7 @@ MAPS: Final = ("celery.map", "celery.starmap", "celery.chunks")
 _CANVAS: Final = ("chain", "chord", "link", "link_error")
 _SECONDS: Final = f"a number of seconds, such as 60 ({LONGEST_S:,} at most)"
 _TIME: Final = "a datetime or ISO 8601 text, such as '2031-01-31T12:00:00Z'"
+_EXPIRES: Final = f"{_SECONDS}, from now, or {_TIME}"
 _SIGNATURE: Final = "a signature, such as image_conversion.s('/out.png', format='png'), or a list of them"
 
 
@@ -68,22 +69,25 @@ def _has_map(step: Any) -> bool:
     return step.get("task") in MAPS or any(_has_map(kwargs.get(inner)) for inner in ("tasks", "header", "body"))
 
 
-def due(name: str, options: Mapping[str, Any]) -> datetime | None:
-    """When it may run; None for at once: whatever is due later rests in its row, not in a worker's memory."""
-    eta = options.get("eta")
-    moment = (
-        _time(name, "eta", eta, f"{_TIME} (countdown takes seconds)")
-        if eta is not None
-        else _after(name, "countdown", options.get("countdown"), f"{_SECONDS}, from now")
-    )
-    return moment if moment is not None and moment > datetime.now(UTC) else None
+def due(name: str, options: Mapping[str, Any]) -> tuple[datetime | None, float]:
+    """When it may run: a time that somebody has named, or so many seconds from now, which the database counts; None and
+    0 for at once. Whatever is due later rests in its row, not in a worker's memory.
+    """
+    if (eta := options.get("eta")) is not None:
+        moment = _time(name, "eta", eta, f"{_TIME} (countdown takes seconds)")
+        return (moment if moment > datetime.now(UTC) else None), 0.0
+    if (countdown := options.get("countdown")) is None:
+        return None, 0.0
+    return None, max(0.0, _seconds(name, "countdown", countdown, f"{_SECONDS}, from now"))
 
 
 def expiry(name: str, options: Mapping[str, Any]) -> datetime | None:
     """When it is no longer worth running."""
-    expires = options.get("expires")
-    read = _time if isinstance(expires, (str, datetime)) else _after
-    return read(name, "expires", expires, f"{_SECONDS}, from now, or {_TIME}")
+    if (expires := options.get("expires")) is None:
+        return None
+    if isinstance(expires, (str, datetime)):
+        return _time(name, "expires", expires, _EXPIRES)
+    return datetime.now(UTC) + timedelta(seconds=_seconds(name, "expires", expires, _EXPIRES))
 
 
 def refused(name: str, option: str, value: Any, takes: str) -> InvalidArguments:
@@ -97,13 +101,10 @@ def _time(name: str, option: str, value: Any, takes: str) -> datetime:
     return moment
 
 
-def _after(name: str, option: str, value: Any, takes: str) -> datetime | None:
-    """A time in UTC, from seconds from now."""
-    if value is None:
-        return None
+def _seconds(name: str, option: str, value: Any, takes: str) -> float:
     if not (is_number(value) and -LONGEST_S <= value <= LONGEST_S):
         raise refused(name, option, value, takes)
-    return datetime.now(UTC) + timedelta(seconds=value)
+    return float(value)
 
 
 def _are_signatures(value: Any) -> bool:

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from contextlib import suppress
-from datetime import timedelta
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING, Any, Final
 
@@ -279,7 +278,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             attempt=row["attempt"],
             event=Event.RETRY,
             retry_count=retries + 1,
-            run_after_utc=now() + timedelta(seconds=remedy.delay_s(error, retries)),
+            delay_s=remedy.delay_s(error, retries),
             failure=describe(error),
         )
         return requeued is not None

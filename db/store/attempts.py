@@ -141,16 +141,17 @@ class Attempts(Part):
         event: Event,
         retry_count: int,
         run_after_utc: datetime | None = None,
+        delay_s: float = 0.0,
         failure: Failure | None = None,
         changed: Mapping[str, Any] | None = None,
     ) -> Publication | None:
         """End `attempt` and queue the job again under the next publication; None if it came too late.
 
-        With `run_after_utc` it rests until then. Else its message is the caller's to send, and counts as lost if the
-        caller dies before: the reconciler publishes the job again. `changed` are columns of what runs from now on:
-        other arguments, another task.
+        With `run_after_utc`, or a `delay_s` above 0 (from now, by the database's clock), it rests until then. Else its
+        message is the caller's to send, and counts as lost if the caller dies before: the reconciler publishes the job
+        again. `changed` are columns of what runs from now on: other arguments, another task.
         """
-        is_resting = run_after_utc is not None
+        is_resting = run_after_utc is not None or delay_s > 0
         with self._writing("requeue", job_id, attempt) as (connection, at, earlier), self.database.transaction():
             row = connection.execute(
                 update(task_queue)
@@ -159,7 +160,7 @@ class Attempts(Part):
                     status=Status.QUEUED,
                     publication=task_queue.c.publication + 1,
                     retry_count=retry_count,
-                    run_after_utc=run_after_utc,
+                    run_after_utc=self._clock(-delay_s) if delay_s > 0 else run_after_utc,
                     published_at=None if is_resting else at,
                     progress=0.0,
                     stage=None,
@@ -168,12 +169,13 @@ class Attempts(Part):
                     **failure_columns(failure),
                     **(changed or {}),
                 )
-                .returning(*RETURNED),
+                .returning(*RETURNED, task_queue.c.run_after_utc),
                 {"b_job_id": job_id, "b_attempt": attempt},
             ).one_or_none()
             if row is None:
                 return publication_at(connection, job_id, earlier, is_resting, has_begun=True)
-            details = {"retry_count": retry_count, "run_after_utc": run_after_utc and run_after_utc.isoformat()}
+            due_at = row.run_after_utc
+            details = {"retry_count": retry_count, "run_after_utc": due_at and due_at.isoformat()}
             log_failure(connection, job_id, row.sequence, event, row.claimed_by, at, failure, details)
             return Publication(row.publication, row.priority, is_resting, has_begun=True)
 

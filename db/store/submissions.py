@@ -23,7 +23,7 @@ class Submissions(Part):
     def enqueue(self, job: NewJob, *, is_resting: bool = False) -> Publication | None:
         """Write a new job as queued; None if its id is there already: the row stays as it is and needs no message.
 
-        A resting one is published later, by a dispatcher, at `run_after_utc` (at once, without it).
+        A resting one is published later, by a dispatcher, when it is due.
         """
         with self._writing("enqueue", job.job_id) as (connection, at, earlier):
             return self._enqueued(connection, job, at, earlier, is_resting=is_resting)
@@ -86,6 +86,7 @@ class Submissions(Part):
             sqlalchemy.exc.IntegrityError: Another job with its `unique_key` lives.
         """
         c = task_queue.c
+        delay_s = job.delay_s if job is not None else 0.0
         fences: list[Any] = []
         if only_unsent:
             parent = task_queue.alias()
@@ -104,7 +105,7 @@ class Submissions(Part):
                     deliveries=0,
                     progress=0.0,
                     stage=None,
-                    run_after_utc=((job and job.run_after_utc) or self._clock()) if is_resting else None,
+                    run_after_utc=((job and job.run_after_utc) or self._clock(-delay_s)) if is_resting else None,
                     completed_at=None,
                     published_at=None if is_resting else at,
                     updated_at=at,

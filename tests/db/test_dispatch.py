@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -275,6 +276,29 @@ class TestClocks:
 
         assert store.next_due_s() <= 0
         assert set(ids(store.take_due(10))) == {closed.job_id, lost.job_id, refused.job_id, written.job_id}
+
+    @pytest.mark.parametrize("ahead_s", [-3600, 3600])
+    def test_a_delay_counts_by_the_clock_of_the_server_and_a_time_stays_as_it_is(self, store, monkeypatch, ahead_s):
+        if store.database.is_sqlite:
+            pytest.skip("SQLite has one host, and its clock")
+        (retried, attempt), (timed, its_attempt) = running(store), running(store)
+        replayed, delayed, unique = new_job(), new_job(delay_s=60.0), new_job(delay_s=60.0, unique_key="k")
+        store.enqueue(replayed)
+        store.end(replayed.job_id, Status.FAILED, FAILURE)
+        eta = now() + timedelta(seconds=60)
+        for module in ("base", "attempts"):
+            monkeypatch.setattr(f"db.store.{module}.now", lambda: now() + timedelta(seconds=ahead_s))
+
+        store.requeue(retried.job_id, attempt=attempt, event="retry", retry_count=1, delay_s=60.0)
+        store.requeue(timed.job_id, attempt=its_attempt, event="retry", retry_count=1, run_after_utc=eta)
+        store.enqueue(delayed, is_resting=True)
+        store.enqueue_unique(unique, is_resting=True)
+        store.replay(replayed.job_id, job=replace(replayed, delay_s=60.0), is_resting=True)
+
+        for job in (retried, delayed, unique, replayed):
+            due_at = store.job(job.job_id)["run_after_utc"]
+            assert abs((due_at - eta).total_seconds()) < 10
+        assert store.job(timed.job_id)["run_after_utc"] == eta
 
 
 class TestNextDue:

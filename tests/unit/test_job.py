@@ -2,7 +2,7 @@
 
 import re
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from threading import Thread
 
 import pytest
@@ -173,6 +173,23 @@ def test_a_job_rests_for_as_long_as_a_server_wants_to_be_left_alone(producer, ta
     assert (row["status"], row["published_at"], row["retry_count"]) == ("queued", None, 1)
     assert (row["run_after_utc"] - row["updated_at"]).total_seconds() == pytest.approx(said_s, abs=1)
     assert producer.app.store.take_due(10) == []
+
+
+class AnHourAhead(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(hours=1)
+
+
+def test_countdowns_and_retries_are_no_times_by_the_clock_of_the_host_that_asks_for_them(producer, task, monkeypatch):
+    monkeypatch.setattr("tasks.options.datetime", AnHourAhead)
+    counted = task.add.apply_async((1, 1), countdown=60)
+    limited = task.be_limited.delay(60)
+    run(task.be_limited, limited.id, 60, publication=1)
+
+    for job in (counted, limited):
+        row = producer.row(job)
+        assert (row["run_after_utc"] - row["updated_at"]).total_seconds() == pytest.approx(60, abs=1)
 
 
 def test_a_job_whose_server_says_never_fails_and_says_why_it_is_not_tried_again(producer, task, caplog):

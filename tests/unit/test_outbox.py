@@ -210,6 +210,22 @@ def test_a_job_of_a_host_whose_clock_is_ahead_is_due_at_once_by_that_of_the_serv
     assert dispatched(host) == 1
 
 
+def test_a_countdown_counts_by_the_clock_of_the_server_and_an_eta_stays_as_it_is(host, caller, monkeypatch):
+    eta = now() + timedelta(hours=1)
+    if not host.app.store.database.is_sqlite:  # which has one host, and its clock
+        monkeypatch.setattr(outbox, "now", lambda: now() + timedelta(hours=2))
+
+    jobs = [outbox.enqueue(caller.connection, host.task.add, 1, 2, options={"countdown": s}) for s in (0, 3600)]
+    jobs.append(outbox.enqueue(caller.connection, host.task.add, 1, 2, options={"eta": eta}))
+    caller.connection.commit()
+
+    at_once, counted, named = (host.row(job)["run_after_utc"] for job in jobs)
+    assert abs(counted - eta) < timedelta(minutes=1)
+    assert named == eta
+    assert dispatched(host) == 1
+    assert at_once <= now()
+
+
 def test_a_rollback_leaves_no_job(host, caller):
     caller.own(OWN_ROW)
     job = outbox.enqueue(caller.connection, host.task.add, 1)
