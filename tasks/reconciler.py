@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from db.records import Holder, now
+from db.records import EAGER, Holder, Row, now
 from tasks.job import close_attempt, close_eager
 from tasks.leftovers import remove_temp_files_of_row
 from tasks.lost_messages import LostMessages
@@ -75,14 +75,20 @@ class Reconciler:
             if holder.lease == self._app.lease or not self._app.leases.is_dead(holder):
                 continue
             for row in self._app.store.held_by(holder.worker_id, holder.lease):
-                text = f"its worker {holder.worker_id} is dead; attempt {row['attempt']} is closed"
-                mend: Callable[[], Any] = partial(close_attempt, self._app, row, "its worker died")
-                if holder.is_eager:
-                    text = "the process that ran it by apply() is dead; it fails"
-                    mend = partial(close_eager, self._app, row)
-                yield Finding("dead holders", row["job_id"], text, mend)
+                yield self._dead(row)
             what = "a process that ran jobs by apply()" if holder.is_eager else "the worker"
             yield Finding("dead holders", holder.worker_id, f"{what} is dead", partial(self._forget, holder))
+        # Claimed by one that was taken for dead meanwhile, and died before it could renew.
+        for row in self._app.store.held_by_nobody(for_s=self._app.settings.lease_timeout_s):
+            yield self._dead(row)
+
+    def _dead(self, row: Row) -> Finding:
+        """An attempt whose process is dead, as the row stands at it."""
+        text = f"its worker {row['claimed_by']} is dead; attempt {row['attempt']} is closed"
+        mend: Callable[[], Any] = partial(close_attempt, self._app, row, "its worker died")
+        if row["lease"].startswith(EAGER):
+            text, mend = "the process that ran it by apply() is dead; it fails", partial(close_eager, self._app, row)
+        return Finding("dead holders", row["job_id"], text, mend)
 
     def untold_ends(self) -> Iterator[Finding]:
         """Chords, chains and errbacks that have not heard of the end of a job."""

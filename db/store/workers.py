@@ -74,6 +74,15 @@ class Workers(Part):
         """The rows whose running attempt this worker's lease holds."""
         return self._under(worker_id, lease, is_one_of(ACTIVE))
 
+    def held_by_nobody(self, *, for_s: float) -> list[Row]:
+        """The rows whose attempt has run for so long under a lease whose row is gone. A worker that lives makes it
+        again when it renews.
+        """
+        c = task_queue.c
+        is_gone = ~exists().where(worker_leases.c.lease == c.lease)
+        old = c.claimed_at <= self._clock(for_s)
+        return self._rows(select(task_queue).where(is_one_of(ACTIVE), c.lease.is_not(None), is_gone, old))
+
     def cancelled_under(self, worker_id: str, lease: str) -> list[Row]:
         """The rows that were cancelled while this worker's lease held their attempt."""
         return self._under(worker_id, lease, task_queue.c.status == Status.CANCELLED)

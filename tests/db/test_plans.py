@@ -42,6 +42,7 @@ CALLS = {
     "settle": lambda store, job, attempt: store.settle(job.job_id),
     "unsettled": lambda store, job, attempt: store.unsettled(now()),
     "held by": lambda store, job, attempt: store.held_by("worker-1", "lease of worker-1"),
+    "held by nobody": lambda store, job, attempt: store.held_by_nobody(for_s=15.0),
     "cancelled under": lambda store, job, attempt: store.cancelled_under("worker-1", "lease of worker-1"),
     "forget lease": lambda store, job, attempt: store.forget_lease("lease of worker-1"),
     "cancelled of": lambda store, job, attempt: store.cancelled_of([job.job_id, "other"]),

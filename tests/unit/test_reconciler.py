@@ -5,7 +5,9 @@ from datetime import timedelta
 
 import pytest
 from celery import chain, chord
+from sqlalchemy import delete
 
+from db.models import worker_leases
 from db.records import EAGER, Fence, Status, now
 from tasks import control
 from tasks.errors import CorruptMedia
@@ -77,6 +79,23 @@ def test_a_job_whose_caller_ran_it_and_died_fails_and_never_runs_again(producer,
     assert (row["status"], row["error_type"], row["attempt"], part.exists()) == ("failed", "WorkerLost", attempt, False)
     assert "apply()" in row["error_message"]
     assert lease not in {holder.lease for holder in app.store.holders()}
+
+
+def test_an_attempt_under_a_lease_that_is_gone_is_closed_after_a_while(producer, app, reconciler, add):
+    """Its worker was taken for dead, woke, claimed it, and died before it could renew."""
+    job, other = add.delay(1, 1), add.delay(2, 2)
+    for one, worker_id in ((job, "dead"), (other, "living")):
+        claim(app.store, new_job(one.id), worker_id)
+    with app.store.database.transaction() as connection:
+        connection.execute(delete(worker_leases).where(worker_leases.c.worker_id == "dead"))
+
+    assert mend(reconciler.dead_holders()) == []
+    for one in (job, other):
+        change(app, one, claimed_at=now() - timedelta(seconds=app.settings.lease_timeout_s + 1))
+    assert mend(reconciler.dead_holders()) == [job.id]
+
+    assert (producer.row(job)["status"], producer.row(job)["deaths"]) == ("queued", 1)
+    assert producer.row(other)["status"] == "running"
 
 
 def test_only_the_temp_files_of_the_dead_attempt_are_removed(producer, reconciler, tmp_path):
