@@ -9,6 +9,7 @@ import click
 
 from tasks.cli.app import ParamType, app_of, readable_errors
 from tasks.cli.text import clock, console_for, printable, remark
+from tasks.cli.times import Patience
 
 if TYPE_CHECKING:
     from celery.result import AsyncResult
@@ -57,7 +58,7 @@ def _command_of(task: "Job") -> click.Command:
     parameters += [
         _own(task, "priority", type=click.IntRange(1, 10), help="10 runs first.  [default: 5]"),
         _own(task, "wait", is_flag=True, help="Show progress until the job has ended; fail if it failed."),
-        _own(task, "timeout", type=click.FloatRange(min=0), help="With --wait: seconds to wait at most."),
+        _own(task, "timeout", type=Patience(), help="With --wait: seconds to wait at most."),
     ]
 
     def run(*, job_priority: int | None, job_wait: bool, job_timeout: float | None, **given: Any) -> None:

@@ -53,6 +53,15 @@ def test_without_a_worker_the_job_is_queued_and_a_remark_says_who_is_missing(cel
     assert row["parameters"] == {"input": str(photo), "output": str(tmp_path / "out.webp"), "width": 80}
 
 
+@pytest.mark.parametrize("timeout", ["nan", "0", "-1"])
+def test_a_timeout_that_is_no_time_is_refused(celery, photo, timeout):
+    done = celery("submit", "image_resize", photo, "out.webp", "--width", 80, "--wait", "--timeout", timeout)
+
+    assert done.returncode == 2
+    assert "--timeout" in done.stderr
+    assert celery("jobs", "list", "--json").stdout == ""
+
+
 def test_the_end_of_the_timeout_says_how_to_go_on_watching(celery, photo):
     done = celery("submit", "image_resize", photo, "out.webp", "--width", 80, "--wait", "--timeout", 0.2)
 
