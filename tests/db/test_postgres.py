@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import make_url, text
@@ -10,7 +11,7 @@ from sqlalchemy import make_url, text
 from db import schema
 from db.engine import patiently
 from db.errors import DatabaseUnavailable, DatabaseUnusable, is_transient
-from db.records import Decision, Liveness
+from db.records import Decision, Liveness, now
 from db.store import Store
 from tests import services
 from tests.db.conftest import claim, new_job, open_database, row_of
@@ -35,6 +36,20 @@ def end_sessions(url):
         connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
         eventually(lambda: connection.execute(text(f"SELECT count(*) {OTHERS}")).scalar() == 0, 10)
     other.close()
+
+
+def test_times_are_read_in_utc_whatever_zone_the_server_has(upgraded_postgres_url):
+    url = make_url(upgraded_postgres_url).update_query_dict({"options": "-c TimeZone=Asia/Tokyo"})
+    store = Store(open_database(url.render_as_string(hide_password=False)))
+    job = new_job(run_after_utc=now())
+    attempt = claim(store, job).attempt
+
+    store.requeue(job.job_id, attempt=attempt, event="retry", retry_count=1, delay_s=60.0)
+
+    due_at = row_of(store, job)["run_after_utc"]
+    assert (due_at.utcoffset(), 55 < (due_at - now()).total_seconds() <= 60) == (timedelta(0), True)
+    assert store.logs(job.job_id)[-1]["details"]["run_after_utc"] == due_at.isoformat()
+    store.database.close()
 
 
 class TestRestarts:
