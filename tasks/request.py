@@ -142,12 +142,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         error = JobTimeout(self.task.timeout_message("hard", limit_s))
         had_its_time = self._had_its_time(limit_s)
         self._kill_child()
-        if not had_its_time:
-            logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
-            closed = self._close(NO_ANSWER, is_death=False)
-            if closed is None:
-                out_of_time[self.id] = error
-            self.reject(requeue=closed is None)
+        if not had_its_time and self._spare(error):
             return
         self.app.patiently(self._remove_temp_files)
         logger.error("%s[%s]: %s", self.name, self.id, error)
@@ -157,8 +152,7 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
         self.acknowledge()
 
     def _had_its_time(self, limit_s: float) -> bool:
-        """Whether the body had the time of its limit, or may have spent it in waiting for the job database, and is
-        spared for that.
+        """Whether the body had the time of its limit, or may have spent it in waiting for the job database.
 
         The child waits for the same database as this process: one write tells of an outage that goes on, and upkeep has
         seen one that is over. While the write waits the child's own may come first, and with it the job's end.
@@ -170,12 +164,30 @@ class JobRequest(Request):  # type: ignore[misc, unused-ignore]
             was_away = self.app.outage_at > asked_at - limit_s or time.monotonic() - asked_at > OUTAGE_S
             if row is None or row["publication"] != self._publication:
                 return True
-            if row["status"] == Status.QUEUED:  # it waits, and has not begun
-                return False
+            is_waiting = row["status"] == Status.QUEUED
             began_late = bool(row["started_at"]) and (now() - row["started_at"]).total_seconds() < limit_s - OUTAGE_S
-            return not ((was_away or began_late) and is_spared(self.app, self.id))
+            return not (is_waiting or began_late or was_away)
         except SQLAlchemyError:
             return False
+
+    def _spare(self, error: JobTimeout) -> bool:
+        """Give the job back, at once or, as long as the database does not answer, by the upkeep; False if it was spared
+        too often, and is to end with `error`.
+        """
+        closed = None
+        try:
+            row = self._own_row()
+            if row is not None and row["status"] != Status.QUEUED:  # else it has not begun
+                if not is_spared(self.app, self.id):
+                    return False
+                closed = close_attempt(self.app, row, NO_ANSWER, is_death=False)
+        except SQLAlchemyError as exc:
+            logger.warning("%s[%s] is closed later: %s", self.name, self.id, exc)
+        logger.warning("%s[%s]: its time went by while the job database did not answer", self.name, self.id)
+        if closed is None:
+            out_of_time[self.id] = error
+        self.reject(requeue=closed is None)
+        return True
 
     def _fail(self, error: JobTimeout) -> None:
         """Fail the job, unless it is no longer this message's and this worker's."""

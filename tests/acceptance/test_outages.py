@@ -128,15 +128,16 @@ def test_a_job_whose_time_goes_by_while_the_database_is_locked_is_not_failed_for
             assert own.events(job).count("completed") == 1
 
 
-def test_a_job_that_hangs_fails_though_the_database_is_locked_again_and_again(server_dir, tmp_path):
-    """An outage in each of its attempts excuses no more than two in a row."""
+@pytest.mark.parametrize("locked_s", [11.0, 15.0])
+def test_a_job_that_hangs_fails_though_the_database_is_locked_again_and_again(server_dir, tmp_path, locked_s):
+    """An outage in each of its attempts excuses no more than two in a row, be it short or long."""
     with deployed(server_dir, tmp_path, {"LEASE_RENEW_S": 1}) as own:
         own.start_worker("--concurrency=1", "--pool=prefork")
         job = own.task.stay.apply_async((str(tmp_path / "runs"), 1000.0), time_limit=8)
         eventually(lambda: lines(tmp_path / "runs"), 20)
 
         def is_over():
-            with Lock(own.server_dir / "media_store.db", 11.0):
+            with Lock(own.server_dir / "media_store.db", locked_s):
                 pass
             with suppress(AssertionError):
                 return own.wait_for(job, "failed", timeout_s=3)
