@@ -84,9 +84,10 @@ def test_a_worker_outlives_a_broker_that_refuses_it_for_a_while(
 def test_a_worker_that_is_started_while_the_database_is_locked_waits_for_it(server_dir, tmp_path):
     with deployed(server_dir, tmp_path) as own:
         own.app.store.counts()  # makes the tables
-        with Lock(own.server_dir / "media_store.db", 9.0):
+        with Lock(own.server_dir / "media_store.db", 90.0) as lock:
             worker = own.start_worker("--concurrency=1", ready_timeout_s=0)
-            worker.wait_for_log("the job database does not answer", 20)
+            worker.wait_for_log("the job database does not answer", 60)
+            lock.release()
         worker.wait_until_ready(40)
 
         assert own.task.add.delay(1, 1).get(**GET) == 2
