@@ -6,7 +6,7 @@ import pytest
 from celery import chain, chord
 
 from db.records import Status, now
-from tasks import control
+from tasks import control, story
 from tasks.errors import CorruptMedia, InvalidArguments, UnknownJob, UnknownQueue
 from tasks.request import JobRequest
 from tasks.rows import describe, request_of_row
@@ -423,14 +423,16 @@ def test_the_story_of_a_job_names_attempts_workers_errors_and_deaths(producer, a
     assert [chapter.at for chapter in story] == sorted(chapter.at for chapter in story)
 
 
-def test_a_running_job_says_who_has_it_and_how_far_it_is(app, add, served):
+def test_a_running_job_says_who_has_it_and_how_far_it_is(app, add, served, monkeypatch):
     job = add.delay(1, 1)
     app.store.progress(job.id, claimed_by(app, job, "w1"), percent=40, stage="reading")
+    (worker,) = app.store.workers()
+    monkeypatch.setattr(story, "now", lambda: worker["last_heartbeat"] + timedelta(seconds=7))
 
     last = control.explain(job.id)[-1]
 
     assert (last.event, last.worker) == ("runs", "w1")
-    assert last.text == "40 % (reading), attempt 1, heard of 0 s ago"
+    assert last.text == "40 % (reading), attempt 1, heard of 7 s ago"
 
 
 # Queues
