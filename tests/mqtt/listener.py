@@ -3,6 +3,7 @@
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,15 @@ class Heard:
 
 
 class Listener:
-    """Subscribed to everything below `prefix` when it is made; comes back by itself when the broker does."""
+    """Subscribed to everything below `prefix` when it is made; comes back by itself when the broker does.
+
+    `on_heard` is called with each message in the moment in which it comes, by the client's thread.
+    """
 
     def __init__(self, port: int, prefix: str, *, host: str = "127.0.0.1", setup: Any = None) -> None:
         self.prefix = prefix
         self.heard: list[Heard] = []
+        self.on_heard: Callable[[Heard], None] = lambda heard: None
         self._is_subscribed = False
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
         self._client.reconnect_delay_set(1, 1)
@@ -66,7 +71,9 @@ class Listener:
 
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
         text = message.payload.decode()
-        self.heard.append(Heard(time.time(), message.topic, text, message.qos, message.retain))
+        heard = Heard(time.time(), message.topic, text, message.qos, message.retain)
+        self.on_heard(heard)
+        self.heard.append(heard)
 
     def wait_until_subscribed(self) -> None:
         eventually(lambda: self._is_subscribed, 15, "subscribed")
