@@ -118,7 +118,7 @@ def deployed(server_dir: Path, log_dir: Path, env: Mapping[str, Any] | None = No
 
 
 def forget_settings(app: Any) -> None:
-    """Have the app read its settings again, at the next use, and close what it opened with the old ones."""
+    """Have the app read its settings again, and close what it opened with the old ones."""
     pools.reset()  # kombu keeps closed ones, and finds them again by their URL
     app._pool = app._conf = app._backend_cache = None
     if "store" in app.__dict__:
@@ -128,7 +128,9 @@ def forget_settings(app: Any) -> None:
     settings.cache_clear()
     sys.modules.pop("celeryconfig", None)
     app.loader._conf = None
-    app.config_from_object("celeryconfig")
+    # Forced, since Celery reads them at once only if it has read some before: `app.amqp` wants them to be read, and the
+    # first test of a process would find it otherwise than all others.
+    app.config_from_object("celeryconfig", force=True)
     app._local.__dict__.pop("backend", None)
 
 
