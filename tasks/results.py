@@ -252,11 +252,11 @@ class JobBackend(BaseBackend):
         size = body.get("chord_size") or body.options.get("chord_size")
         parts = self.app.patiently(lambda: self.app.store.chord_parts(request.group, size))
         if parts.results is not None:
-            self._begin_body(body, parts.results)
+            self._begin_body(body, parts.results, request)
         elif parts.is_mine or (is_again and parts.is_failed):
-            self._fail_body(body, self._reason(request, state, result), is_news=parts.is_mine)
+            self._fail_body(body, self._reason(request, state, result), request, is_news=parts.is_mine)
 
-    def _begin_body(self, body: Any, results: Sequence[Any]) -> None:
+    def _begin_body(self, body: Any, results: Sequence[Any], member: Any) -> None:
         """Submit the body of a chord with its members' results; one that can't be submitted fails. A second time it
         changes nothing, as its id is fixed.
         """
@@ -268,7 +268,7 @@ class JobBackend(BaseBackend):
         except Exception as exc:
             if is_transient(exc):
                 raise
-            self._fail_body(body, exc, is_news=False)
+            self._fail_body(body, exc, member, is_news=False)
 
     def _reason(self, request: Any, state: str, result: Any) -> ChordError:
         """Why a chord fails: the error of the member that failed, whichever member's end has brought it to light."""
@@ -278,9 +278,10 @@ class JobBackend(BaseBackend):
             return error
         return ChordError(f"member {request.id} of the chord {state.lower()}: {result}")
 
-    def _fail_body(self, body: Any, error: Exception, *, is_news: bool) -> None:
-        for request in _unsent_results(body, self.app):
-            request.chord = None
+    def _fail_body(self, body: Any, error: Exception, member: Any, *, is_news: bool) -> None:
+        """End all jobs of the body, as those behind the member that has brought it to light; then Celery's part."""
+        for request in _unsent_jobs(body, self.app, member.id):
+            request.chord, request.root_id = None, member.root_id
             is_news = self._end(request.id, error, Status.FAILED, None, request) or is_news
         if not is_news:
             return
@@ -291,11 +292,11 @@ class JobBackend(BaseBackend):
 
     def _fail_chain(self, chain: Any, exc: Any, *args: Any, state: str = states.FAILURE, **kwargs: Any) -> None:
         """As Celery's, which ends the steps behind a failed one by their own ids. Nobody waits for that of a group or a
-        chord: the jobs whose results are theirs, and which are never sent now, are ended in its place.
+        chord: the jobs in them, which are never sent now, are ended in its place.
         """
         for step in chain if isinstance(chain, (list, tuple)) else ():
             if isinstance(maybe_signature(step, app=self.app), (group, chord)):
-                for request in _unsent_results(step, self.app):
+                for request in _unsent_jobs(step, self.app):
                     if state == states.REVOKED:
                         self.mark_as_revoked(request.id, str(exc), request=request)
                     else:
@@ -313,29 +314,36 @@ def _following_up() -> Iterator[None]:
         follows_up.reset(token)
 
 
-def _unsent_results(signature: Any, app: "MediaTasks") -> Iterator[Context]:
-    """The requests of the jobs whose results are those of a canvas that is never sent. Nothing follows from their ends
-    but the chord that they are members of.
+def _unsent_jobs(signature: Any, app: "MediaTasks", parent_id: str | None = None) -> Iterator[Context]:
+    """The requests of the jobs of a canvas that is never sent: a group's members, a chord's body, all steps of a chain.
+    The headers of chords are left out: nobody waits for them. Nothing follows from the end of such a job but the chord
+    that it is a member of.
     """
-    for task_id, last in _results_of(signature, app):
-        options = {**last.options, "task_id": task_id, "chain": None, "link_error": None}
-        yield unsent(last.task, last.args, last.kwargs, options)
+    for task_id, task, parent in _jobs_of(maybe_signature(signature, app=app), app, parent_id):
+        options = {**task.options, "task_id": task_id, "parent_id": parent, "chain": None, "link_error": None}
+        yield unsent(task.task, task.args, task.kwargs, options)
 
 
-def _results_of(signature: Any, app: "MediaTasks") -> Iterator[tuple[str, Any]]:
-    """The jobs whose results are those of a canvas, each with its id: the last step, the body, all members."""
-    signature = maybe_signature(signature, app=app)
+def _jobs_of(
+    signature: Any, app: "MediaTasks", parent_id: str | None, own_id: str | None = None
+) -> Iterator[tuple[str, Any, str | None]]:
+    """Each job with its id and its parent's. `own_id` is that of a last step or a body which has none by itself."""
     if isinstance(signature, group):
         for member in signature.tasks:
-            yield from _results_of(member, app)
-        return
-    last = signature
-    while isinstance(last, (_chain, chord)):
-        last = maybe_signature(last.body if isinstance(last, chord) else last.tasks[-1], app=app)
-    if isinstance(last, group):
-        yield from _results_of(last, app)
-    elif task_id := last.id or signature.id:  # a chord's own id is that of its header
-        yield task_id, last
+            yield from _jobs_of(maybe_signature(member, app=app), app, parent_id)
+    elif isinstance(signature, chord):  # its own id is that of its header
+        yield from _jobs_of(maybe_signature(signature.body, app=app), app, parent_id, signature.id or own_id)
+    elif isinstance(signature, _chain):
+        *steps, last = (maybe_signature(step, app=app) for step in signature.tasks)
+        for step in steps:
+            if isinstance(step, group):  # the header of a chord with the next step as its body
+                continue
+            for job in _jobs_of(step, app, parent_id):
+                yield job
+                parent_id = job[0]
+        yield from _jobs_of(last, app, parent_id, signature.id or own_id)
+    elif task_id := signature.id or own_id:
+        yield task_id, signature, parent_id
 
 
 def _job(app: "MediaTasks", task_id: str, request: Any) -> NewJob:

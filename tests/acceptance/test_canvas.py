@@ -167,13 +167,23 @@ def test_a_chord_with_a_failed_member_fails_its_body_which_never_runs(deployment
 
 
 def test_a_failed_member_fails_a_body_that_is_a_chain_and_all_behind_it(deployment, task, tmp_path):
-    body = chain(task.note_parts.s(str(tmp_path / "body")), task.total.s())
+    body = chain(task.note_parts.s(str(tmp_path / "body")), _pair(task), task.total.s(), task.add.s(1))
     result = chord([task.add.s(1, 1), task.fail.si(message="a member")], body)()
 
     with pytest.raises(Exception, match="a member"):
         result.get(**GET)
-    row = deployment.wait_for(result, "failed")
-    assert (row["task_type"], row["error_type"]) == ("total", "ChordError")
+    root_id = deployment.wait_for(result, "failed")["root_id"]
+    rows = [row for row in reversed(rows_of(deployment, root_id)) if row["error_type"] == "ChordError"]
+    assert [(row["task_type"], row["status"], row["error_type"]) for row in rows] == [
+        (name, "failed", "ChordError") for name in ("note_parts", "total", "add")
+    ]
+    first, second, last = rows
+    assert last["job_id"] == result.id
+    assert (second["parent_id"], last["parent_id"]) == (first["job_id"], second["job_id"])
+    assert root_id == deployment.row(first["parent_id"])["root_id"]
+    assert first["parent_id"] in [member.id for member in result.parent]
+    with pytest.raises(ChordError, match="a member"):
+        AsyncResult(first["job_id"], app=deployment.app).get(**GET)
     assert not (tmp_path / "body").exists()
 
 

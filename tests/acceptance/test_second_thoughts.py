@@ -59,10 +59,11 @@ def test_the_cancel_of_a_running_step_starts_no_next_one(own, task, tmp_path):
     stays(lambda: own.row(steps)["status"] == "cancelled" and not (tmp_path / "second").exists(), 1.5)
 
 
-def test_the_body_of_a_chord_runs_when_its_failed_member_is_replayed(own, task, tmp_path):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_body_of_a_chord_runs_when_its_failed_member_is_replayed(own, task, tmp_path, steps):
     own.start_worker("--concurrency=2")
     header = [task.add.s(1, 1), task.recover_when.s(str(tmp_path / "mended"), 5)]
-    result = chord(header, task.total.s())()
+    result = chord(header, chain(task.total.s(), *[task.add.s(0)] * (steps - 1)))()
     own.wait_for(result, "failed")
     (tmp_path / "mended").touch()
 
