@@ -59,7 +59,8 @@ class MediaConsumer(Consumer):  # type: ignore[misc, unused-ignore]
         - The pool goes on listening to the results of children that died in mid-job. With the next connection it
           listens to whatever has got their file numbers: it would take a job from its own pipe, and wait for the rest.
         """
-        self.controller.upkeep.renew_soon()
+        if (upkeep := getattr(self.controller, "upkeep", None)) is not None:  # not with MIRROR=off
+            upkeep.renew_soon()
         pool: Any = getattr(self.pool, "_pool", None)
         if not isinstance(pool, AsynPool) or self.hub is None:
             super().on_close()

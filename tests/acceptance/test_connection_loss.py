@@ -28,7 +28,7 @@ spare = os.dup(0)
 hub, pool = Hub(), AsynPool(1, threads=False)
 pool.register_with_event_loop(hub)
 mine = consumer.MediaConsumer.__new__(consumer.MediaConsumer)
-mine.pool, mine.hub = SimpleNamespace(_pool=pool), hub
+mine.pool, mine.hub, mine.controller = SimpleNamespace(_pool=pool), hub, SimpleNamespace()
 (child,) = pool._pool
 {what_happens}
 mine.on_close()
@@ -121,6 +121,21 @@ def test_a_child_dies_and_the_connection_is_lost_before_the_worker_is_ready(
         pids = {(tmp_path / f"runs-{n}.pid").read_text() for n in range(2)}
         assert len(pids) == 2  # the new child works, too
         assert worker.log().count("Connection to broker lost") == 1
+
+
+def test_a_worker_without_the_mirror_outlives_its_connection(road, fresh_rabbitmq_url, server_dir, tmp_path):
+    parts = urlsplit(fresh_rabbitmq_url)
+    url = urlunsplit(parts._replace(netloc=parts.netloc.replace(str(parts.port), str(road.port))))
+    with deployed(server_dir, tmp_path, {"CELERY_BROKER_URL": url, "MIRROR": "off"}) as plain:
+        worker = plain.start_worker("-Q", "note", "--concurrency=1")
+
+        road.cut()
+
+        eventually(lambda: "Connection to broker lost" in worker.log(), 30, worker.log)
+        plain.task.note.delay(str(tmp_path / "run"), "", 0.0)
+        eventually((tmp_path / "run").exists, 30, worker.log)
+        assert worker.is_alive()
+        worker.clean_up()
 
 
 @pytest.mark.parametrize(
