@@ -53,8 +53,8 @@ class Housework:
         """Called by another thread: a disk or a server that does not answer may hold this one for ever."""
         if time.monotonic() - self._came_round_at > after_s:
             logger.warning("the %s has been stuck for %.0f s; another worker takes over", self.duty.name, after_s)
+            self.duty.leave()  # what the database does not take now is tried again
             self._came_round_at = math.inf
-            self.duty.leave()
 
 
 class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
@@ -154,11 +154,13 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
     def round(self) -> float:
         """What this worker owes itself; seconds until the next round."""
         if time.monotonic() >= self._beat_due:
-            was_draining = self.is_draining
-            self._heartbeat.beat()
-            self._close_unclaimed()
-            if was_draining == self.is_draining:  # else that is shown at the next round
-                self._beat_due = time.monotonic() + self._app.settings.lease_renew_s
+            self._beat_due = time.monotonic() + self._app.settings.lease_renew_s  # other threads may want it sooner
+            try:
+                self._heartbeat.beat()
+                self._close_unclaimed()
+            except BaseException:
+                self._beat_due = 0.0
+                raise
         self._notice_lost_time()
         self._stop_cancelled()
         self._notice_ends()

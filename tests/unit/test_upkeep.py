@@ -51,6 +51,17 @@ def test_who_stops_leaves_its_duties_and_its_lease(app, upkeep):
     assert [worker["status"] for worker in app.store.workers()] == ["stopped"]
 
 
+def test_a_worker_that_loses_its_broker_in_mid_round_renews_its_lease_in_the_next(app, upkeep, monkeypatch):
+    renewals = []
+    monkeypatch.setattr(app.leases, "renew", lambda: renewals.append(1))
+    monkeypatch.setattr(upkeep, "_close_unclaimed", upkeep.renew_soon)  # which comes after the heartbeat
+
+    upkeep.round()
+    upkeep.round()
+
+    assert len(renewals) == 2
+
+
 def test_a_worker_that_begins_to_drain_in_mid_round_is_shown_so_by_the_next(app, upkeep, monkeypatch):
     monkeypatch.setattr(upkeep, "_close_unclaimed", upkeep.drain)  # which comes after the heartbeat
 
@@ -95,6 +106,27 @@ def test_a_worker_that_does_not_reach_the_broker_leaves_what_is_due_and_its_duty
 
     assert app.store.duty_holder("dispatcher") is None
     assert (producer.row(job)["status"], producer.row(job)["published_at"]) == ("queued", None)
+
+
+def test_who_is_stuck_while_the_database_is_away_leaves_the_duty_when_it_is_back(app, clock, upkeep, monkeypatch):
+    duty = Duty(app, "reconciler")
+
+    def away():
+        raise DatabaseUnavailable("away")
+
+    def be_stuck():
+        clock.pass_s(16)
+        with monkeypatch.context() as patch:
+            patch.setattr(duty, "leave", away)
+            with pytest.raises(DatabaseUnavailable):
+                work.leave_if_stuck(15.0)
+        work.leave_if_stuck(15.0)
+        assert app.store.duty_holder("reconciler") is None
+        return ROUND_S
+
+    work = Housework(duty, be_stuck)
+
+    assert work.round() == ROUND_S
 
 
 def test_who_is_stuck_in_its_housework_loses_the_duty_and_goes_on_without_it(app, upkeep, clock, caplog):
