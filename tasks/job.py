@@ -347,7 +347,8 @@ class Job(Task):
         """Take the job for this attempt; its fencing token goes into the request.
 
         Raises:
-            Ignore: The message is to have no effect.
+            Ignore: The message is to have no effect; or a soft time limit struck before the body began, and the attempt
+                was given back.
             WorkerLost: The job was running on too many workers that died.
             Reject: A soft time limit struck while this waited for the database: the job has not begun.
         """
@@ -359,6 +360,8 @@ class Job(Task):
             else:
                 self._pass_by(claim)
         except SoftTimeLimitExceeded as exc:
+            if self.request.get("attempt"):
+                raise self._given_back("its soft time limit struck before its body began") from exc
             raise Reject(str(exc), requeue=True) from exc
 
     def _asked(self, args: Any, kwargs: Mapping[str, Any]) -> Claim:

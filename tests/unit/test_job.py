@@ -312,6 +312,20 @@ def test_a_job_whose_time_went_by_before_its_claim_is_given_back(add, clock, out
     assert out_of_time(lambda: None) == ("IGNORED", "queued", "released")
 
 
+def test_a_job_whose_time_goes_by_between_claim_and_body_is_given_back_without_a_death(producer, add, monkeypatch):
+    job = add.delay(1, 1)
+    claimed_by(producer.app, job, "dead")
+
+    def clean_up_for_long(*args, **kwargs):
+        raise SoftTimeLimitExceeded(1)
+
+    monkeypatch.setattr("tasks.job.remove_temp_files", clean_up_for_long)
+
+    assert run(add, job.id, 1, 1, publication=1) == "IGNORED"
+    row = producer.row(job)
+    assert (row["status"], row["deaths"], producer.events(job)[-1]) == ("queued", 1, "released")
+
+
 def test_an_outage_at_each_attempt_excuses_no_third_one_in_a_row(producer, add, monkeypatch, wait_for_the_database):
     def hang(x, y):
         wait_for_the_database()
