@@ -117,9 +117,12 @@ def prepared(app: "MediaTasks", name: str, args: Any, kwargs: Any, options: dict
     if options.get("unique_key") is not None or options.get("unique_for") is not None:
         raise InvalidArguments(f"{name}: unique jobs need the job table: ENQUEUE=strict or outbox, and MIRROR=on")
     options["queue"] = options.get("queue") or name
-    if isinstance(options.get("priority"), int):
+    current = app.current_worker_task
+    is_own = current is not None and current.request.id == options.get("task_id")
+    is_retry = is_own and options.get("retries")  # which has the priority of its message
+    if isinstance(options.get("priority"), int) and not is_retry:
         options["priority"] = app.wire_priority(options["priority"])
-    if (task := app.tasks.get(name)) is not None and app.current_worker_task is None:
+    if (task := app.tasks.get(name)) is not None and current is None:
         args, kwargs = task.arguments.absolute(args or (), kwargs or {})
         if app.settings.mirror:
             for check in (check_options, due, expiry):

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery, chain, chord, group
@@ -10,6 +11,7 @@ from kombu.exceptions import OperationalError
 
 from db import schema
 from db.errors import DatabaseUnavailable
+from tasks import enqueue
 from tasks.errors import InvalidArguments, PathNotAllowed, UnknownQueue, UnknownTask
 from tests.acceptance.deployment import deployed
 from tests.unit.jobs import messages, run
@@ -197,6 +199,19 @@ def test_priorities_are_turned_around_for_redis_once(server_dir, tmp_path):
         assert [deployment.app.wire_priority(priority) for priority in (1, 5, 10)] == [9, 5, 0]
         assert deployment.app.wire_priority(11) == 0, "what has begun, of the highest priority"
         assert deployment.app.conf.broker_transport_options["priority_steps"] == list(range(10))
+
+
+def test_a_retry_without_a_row_keeps_the_priority_that_its_message_has(server_dir, tmp_path, monkeypatch):
+    env = {"CELERY_BROKER_URL": "redis://localhost", "MIRROR": "off"}
+    with deployed(server_dir, tmp_path, env) as deployment:
+        app = deployment.app
+        first, retry = {"task_id": "a job", "priority": 9}, {"task_id": "a job", "priority": 1, "retries": 1}
+        enqueue.prepared(app, "add", (1, 1), {}, first)
+        running = SimpleNamespace(request=SimpleNamespace(id="a job"))
+        monkeypatch.setattr(type(app), "current_worker_task", running)
+        enqueue.prepared(app, "add", (1, 1), {}, retry)
+
+        assert (first["priority"], retry["priority"]) == (1, 1)
 
 
 def test_an_expiry_is_in_the_row_and_the_header_but_not_a_time_to_live(producer, task):
