@@ -1,8 +1,8 @@
-"""The base task: its guard decides, by one atomic claim on the job's row, whether a message may run.
+"""The base task: what a body is given, and what becomes of its errors.
 
-In: a delivered message, however often and however late. Out: one running attempt with a fencing token, or nothing: a
-message of another publication, of a job that has ended, or of one that a living worker holds is acknowledged without
-effect. Arguments are made absolute and checked where a job is submitted, and paths again where it runs.
+In: an attempt, which the guard has claimed. Out: its body's result or error, or what Celery is told in its place: a
+retry, or that the job has moved on. Arguments are made absolute and checked where a job is submitted, and paths again
+where it runs.
 """
 
 import logging
@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task
 from celery.canvas import Signature, _chain, chord, group
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.states import READY_STATES
 
-from db.records import Claim, Closed, Decision, Event, Holder, Liveness, NewJob, Row, Status
-from tasks import remedy
+from tasks import guard, remedy
 from tasks.arguments import Arguments, named
 from tasks.errors import (
     AttemptLost,
@@ -28,11 +27,9 @@ from tasks.errors import (
     MediaTasksError,
     OutOfMemory,
     PermanentError,
-    WorkerLost,
 )
-from tasks.leases import LOOK_EVERY_S, Watch
-from tasks.leftovers import remove_temp_files, remove_temp_files_of_row, token_of
-from tasks.rows import job_of_request, parameters_of, request_of_row
+from tasks.leftovers import token_of
+from tasks.rows import parameters_of
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -41,15 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S: Final = 0.5
-# A database that takes longer than this to answer has kept a job from its work.
-OUTAGE_S: Final = 1.0
-
-NO_ANSWER: Final = "the database did not answer"
-# One attempt whose time went by in an outage says nothing of its job; a third one in a row does: it hangs.
-SPARED_AT_MOST: Final = 2
-_ENDS_ATTEMPT: Final = frozenset(
-    {Event.RETRY, Event.REPLACED, Event.RELEASED, Event.LOST, Event.COMPLETED, Event.FAILED, Event.CANCELLED}
-)
 
 follows_up: Final[ContextVar[bool]] = ContextVar("follows_up", default=False)
 """Whether what is submitted follows from the end of another job, and so may be submitted twice."""
@@ -91,7 +79,7 @@ class Job(Task):
             return super().__call__(*args, **kwargs)
         if not self._has_row:
             return self.run(*args, **kwargs)
-        self._claim(args, kwargs)
+        guard.claim(self, args, kwargs)
         try:
             return self._call_body(args, kwargs)
         except Exception as exc:
@@ -135,14 +123,14 @@ class Job(Task):
                 return exc
             case Reject():
                 reason = f"rejected: {exc.reason}"
-                return self._given_back(reason) if exc.requeue else PermanentError(reason)
+                return guard.given_back(self, reason) if exc.requeue else PermanentError(reason)
             case Retry():
                 if self.request.is_eager or not self._owns():  # it is queued again
                     return exc
                 return PermanentError(f"{self.name} raised Retry of its own; use raise self.retry(exc=...)")
             case SoftTimeLimitExceeded():
-                if self._waited_s > OUTAGE_S and self._is_spared():
-                    return self._given_back(NO_ANSWER)
+                if self._waited_s > guard.OUTAGE_S and self._is_spared():
+                    return guard.given_back(self, guard.NO_ANSWER)
                 error = JobTimeout(self.timeout_message("soft", self._limits()[0]))
                 return self._retried(error) if self.retry_on_timeout else error
             case MemoryError():  # Celery's main process would take it for its own
@@ -157,7 +145,7 @@ class Job(Task):
         return waited_s
 
     def _is_spared(self) -> bool:
-        return self.app.patiently(lambda: is_spared(self.app, self.request.id))
+        return self.app.patiently(lambda: guard.is_spared(self.app, self.request.id))
 
     def _retried(self, exc: Exception) -> Any:
         """The retry that is on its way; the error itself after the last one, where a server wants to be left alone for
@@ -171,16 +159,6 @@ class Job(Task):
             logger.warning(told, self.name, self.request.id, delay_s, remedy.SERVER_LONGEST_S)
             return exc
         return self.retry(exc=exc, countdown=delay_s, throw=False)
-
-    def _given_back(self, reason: str) -> Any:
-        """The attempt ends without fault of the job, which is queued again; an eager run has nobody to be given to."""
-        request, close = self.request, self.app.store.close
-        if request.is_eager:
-            return PermanentError(reason)
-        self.app.patiently(
-            lambda: close(request.id, request.attempt, event=Event.RELEASED, reason=reason, is_death=False)
-        )
-        return Ignore("it was given back")
 
     def progress(self, percent: float, stage: str | None = None) -> None:
         """Say how far the body is, 0-100. Written at most twice a second; the end is the completion's to write.
@@ -315,160 +293,3 @@ class Job(Task):
         if self.validate is not None:
             self.validate(**parameters)
         return parameters
-
-    # The guard
-
-    def _eager_publication(self) -> int:
-        """The publication under which `apply()` runs a job in the caller's process, where no message says it: that of
-        its row, if it has one. A retry is such a run inside of the attempt that asks for it, which is ended here.
-        """
-        store, request = self.app.store, self.request
-        row = store.job(request.id)
-        if row is None:
-            return 1
-        mine = (Status.RUNNING, self.app.leases.eager, self.app.worker_id)
-        is_own = (row["status"], row["lease"], row["claimed_by"]) == mine
-        if is_own and request.retries:
-            store.requeue(request.id, attempt=row["attempt"], event=Event.RETRY, retry_count=request.retries)
-        return int(row["publication"]) + (is_own and bool(request.retries))
-
-    def _unknown_job(self, args: Any, kwargs: Mapping[str, Any]) -> NewJob:
-        """The row of a message that has none: another client's. One of ours that is so old has outlived its job, which
-        ended, and was removed.
-        """
-        sent_at, days = self.request.get("published_at"), self.app.settings.retention_days
-        if isinstance(sent_at, (int, float)) and time.time() - sent_at > days * 86400:
-            reason = f"its row is gone, and its message is older than RETENTION_DAYS={days:g}; submit it anew"
-            logger.warning("%s[%s] not run: %s", self.name, self.request.id, reason)
-            raise Ignore(reason)
-        return job_of_request(self, self.request, args, kwargs)
-
-    def _claim(self, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Take the job for this attempt; its fencing token goes into the request.
-
-        Raises:
-            Ignore: The message is to have no effect; or a soft time limit struck before the body began, and the attempt
-                was given back.
-            WorkerLost: The job was running on too many workers that died.
-            Reject: A soft time limit struck while this waited for the database: the job has not begun.
-        """
-        self.request.asked_at = time.monotonic()
-        try:
-            claim = self._asked(args, kwargs)
-            if claim.decision in (Decision.RUN, Decision.POISON):
-                self._begin(claim, args, kwargs)
-            else:
-                self._pass_by(claim)
-        except SoftTimeLimitExceeded as exc:
-            if self.request.get("attempt"):
-                raise self._given_back("its soft time limit struck before its body began") from exc
-            raise Reject(str(exc), requeue=True) from exc
-
-    def _asked(self, args: Any, kwargs: Mapping[str, Any]) -> Claim:
-        """What the row says to this message. A job whose holder's lock can't be seen from here stays with it, and is
-        the reconciler's; but one that the broker has lost is watched until it has renewed its lease, or should have.
-        """
-        app, delivery = self.app, self.request.delivery_info or {}
-        if not (delivery.get("redelivered") and app.settings.broker_kind.is_redelivery_a_loss):
-            return self._ask(args, kwargs, app.leases.judge)
-        watch = Watch(app.leases, renew_s=app.settings.lease_renew_s)
-        while (claim := self._ask(args, kwargs, watch.judge)).decision is Decision.UNCERTAIN:
-            time.sleep(LOOK_EVERY_S)
-        return claim
-
-    def _ask(self, args: Any, kwargs: Mapping[str, Any], judge: Callable[[Holder], Liveness]) -> Claim:
-        """Claim the row, however long the database takes."""
-        request, app = self.request, self.app
-        asked_at = time.monotonic()
-
-        def judge_now(holder: Holder) -> Liveness:
-            if time.monotonic() - asked_at > OUTAGE_S:  # the holder had to wait for the database as well
-                app.leases.interrupted()
-            return judge(holder)
-
-        return app.patiently(
-            lambda: app.store.claim(
-                request.id,
-                unknown=lambda: self._unknown_job(args, kwargs),
-                publication=self._eager_publication() if request.is_eager else request.get("publication") or 1,
-                worker_id=app.worker_id,
-                lease=app.leases.eager if request.is_eager else app.lease,
-                judge=judge_now,
-                max_deaths=app.settings.max_deaths,
-            )
-        )
-
-    def _begin(self, claim: Claim, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self.request.attempt = claim.attempt
-        self.request.claimed_at, self.request.waited_before_s = time.monotonic(), self.app.waited_s
-        if claim.attempt > 1:  # whoever closed an earlier one may not have been able to clean up after it
-            remove_temp_files(self, (args, kwargs), self.request.id, up_to=claim.attempt - 1)
-        if claim.decision is Decision.POISON:
-            raise poisoned(claim.deaths, self.app.settings.max_deaths)
-
-    def _pass_by(self, claim: Claim) -> NoReturn:
-        request, decision = self.request, claim.decision
-        if decision is Decision.COMPLETED and request.chord:  # whoever completed it may have died before it told that
-            self.backend.on_chord_part_return(request, "SUCCESS", None, is_again=True)
-            self.app.store.settle(request.id)
-        held = f" by {claim.holder}" if claim.holder else ""
-        logger.info("%s[%s] not run: %s%s", self.name, request.id, decision.value, held)
-        raise Ignore(decision.value)
-
-
-def poisoned(deaths: int, max_deaths: int) -> WorkerLost:
-    """The error of a job that was running whenever its workers died."""
-    return WorkerLost(
-        f"{deaths} workers died while running this job (MAX_DEATHS={max_deaths}); look at its input, then replay it"
-    )
-
-
-def is_spared(app: "MediaTasks", job_id: str) -> bool:
-    """Whether an attempt whose time goes by in an outage of the job database is given back, instead of failing the job.
-
-    A body that hangs does so too while the database comes and goes: after SPARED_AT_MOST such attempts in a row the
-    limit holds.
-    """
-    ends = [log["message"] for log in app.store.logs(job_id) if log["event_type"] in _ENDS_ATTEMPT]
-    return ends[-SPARED_AT_MOST:] != [NO_ANSWER] * SPARED_AT_MOST
-
-
-def close_out_of_time(app: "MediaTasks", row: Row, error: JobTimeout) -> None:
-    """End the attempt that a row stands at: its process was killed at its time limit, in an outage that let nobody say
-    so. The job is given back, or fails with `error` if it was spared too often.
-    """
-    if is_spared(app, row["job_id"]):
-        close_attempt(app, row, NO_ANSWER, is_death=False)
-    else:
-        _fail_attempt(app, row, error)
-
-
-def close_eager(app: "MediaTasks", row: Row) -> None:
-    """End the attempt that a row stands at, which a process ran by `apply()` that has died: the job fails."""
-    _fail_attempt(app, row, WorkerLost("the process that ran it by apply() died; replay it, or call it again"))
-
-
-def _fail_attempt(app: "MediaTasks", row: Row, error: Exception) -> None:
-    """Fail the job of an attempt whose process is gone, unless that attempt runs no more."""
-    remove_temp_files_of_row(app, row)
-    request = request_of_row(row)
-    request.attempt = row["attempt"]
-    app.backend.mark_as_failure(row["job_id"], error, request=request)
-
-
-def close_attempt(app: "MediaTasks", row: Row, reason: str, *, is_death: bool = True) -> Closed | None:
-    """End the attempt that a row stands at, since its process is gone, or is about to be: its temp files are removed,
-    and the job rests until it is published anew; after one death too many it fails.
-
-    None, and nothing of the row is changed, if that attempt runs no more: so a second call does no harm. A process that
-    dies in between leaves a job that rests, and that the next claim fails.
-    """
-    event = Event.LOST if is_death else Event.RELEASED
-    closed = app.store.close(row["job_id"], row["attempt"], event=event, reason=reason, is_death=is_death)
-    remove_temp_files_of_row(app, row)
-    max_deaths = app.settings.max_deaths
-    if closed is not None and is_death and closed.deaths >= max_deaths:
-        error = poisoned(closed.deaths, max_deaths)
-        logger.error("%s[%s]: %s", row["task_type"], row["job_id"], error)
-        app.backend.mark_as_failure(row["job_id"], error, request=request_of_row(row, publication=closed.publication))
-    return closed

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from db.records import EAGER, Holder, Row, now
-from tasks.job import close_attempt, close_eager
+from tasks.guard import close_attempt, close_eager
 from tasks.leftovers import remove_temp_files_of_row
 from tasks.lost_messages import LostMessages
 from tasks.rows import request_of_row

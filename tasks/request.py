@@ -25,7 +25,8 @@ from db.records import Closed, Event, Row, Status, now
 from tasks import remedy
 from tasks.descendants import kill_descendants
 from tasks.errors import JobTimeout
-from tasks.job import NO_ANSWER, OUTAGE_S, Job, close_attempt, is_spared
+from tasks.guard import NO_ANSWER, OUTAGE_S, close_attempt, is_spared
+from tasks.job import Job
 from tasks.leftovers import remove_temp_files
 from tasks.rows import describe
 

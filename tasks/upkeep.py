@@ -19,8 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from db.records import Event, WorkerStatus, now
 from tasks import request
 from tasks.duty import Duty
+from tasks.guard import close_attempt, close_out_of_time
 from tasks.heartbeat import Heartbeat
-from tasks.job import close_attempt, close_out_of_time
 from tasks.outgoing import Dispatcher
 from tasks.reconciler import Reconciler
 

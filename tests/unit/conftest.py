@@ -54,8 +54,8 @@ def leases_of_its_own() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Puts the clock of who judges others, and of the guard, forward: `clock.pass_s(10)`."""
     clock = Clock()
-    for module in ("tasks.reconciler", "tasks.lost_messages", "tasks.leases", "tasks.job", "tasks.upkeep"):
-        monkeypatch.setattr(f"{module}.time", clock)
+    for module in ("reconciler", "lost_messages", "leases", "job", "guard", "upkeep"):
+        monkeypatch.setattr(f"tasks.{module}.time", clock)
     return clock
 
 
