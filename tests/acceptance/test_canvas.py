@@ -51,8 +51,8 @@ def test_a_chain_hands_each_result_on(deployment, task):
     result = chain(task.add.s(1, 2), task.add.s(4), task.add.s(8))()
 
     assert result.get(**GET) == 15
-    steps = [deployment.row(step) for step in (result.parent.parent, result.parent, result)]
-    assert [step["status"] for step in steps] == ["completed"] * 3
+    # Each step sends the next one before its own completion is written.
+    steps = [deployment.wait_for(step, "completed") for step in (result.parent.parent, result.parent, result)]
     assert {step["root_id"] for step in steps} == {steps[0]["job_id"]}
     assert [step["parent_id"] for step in steps] == [None, steps[0]["job_id"], steps[1]["job_id"]]
 
