@@ -5,6 +5,7 @@ take it, the row goes back to rest and is tried again; a job whose message no br
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,23 +38,26 @@ class Dispatcher:
         self._app: Final = app
         self._outlet: Final = Outlet(app)
 
-    def round(self, limit: int = AT_ONCE) -> float:
-        """Publish what is due, so many jobs at most; seconds until the next look. Raises what the store raises."""
+    def round(self, goes_on: Callable[[], None] = lambda: None, *, limit: int = AT_ONCE) -> float:
+        """Publish what is due, so many jobs at most; seconds until the next look. `goes_on` is called before each.
+        Raises what the store raises.
+        """
         self._outlet.is_away = False
         due_s = self._app.store.next_due_s()
         if due_s is not None and due_s <= 0:
-            if self.publish_due(limit) >= limit and not self.is_broker_away:
+            if self.publish_due(limit, goes_on) >= limit and not self.is_broker_away:
                 return 0.0
             due_s = self._app.store.next_due_s()
         return min(max(LOOK_EVERY_S if due_s is None else due_s, SHORTEST_WAIT_S), LOOK_EVERY_S)
 
-    def publish_due(self, limit: int) -> int:
+    def publish_due(self, limit: int, goes_on: Callable[[], None] = lambda: None) -> int:
         """Publish the jobs that are due; how many there were. If this process dies in the middle, the messages of the
         rest count as lost.
         """
         rows = self._app.store.take_due(limit)
         self._outlet.is_away = False
         for row in rows:
+            goes_on()
             # A broker that is away is asked once: each time takes seconds, and another worker may reach it.
             if self.is_broker_away or not self._is_settled(row):
                 self._app.store.rest(row["job_id"], row["publication"], delay_s=REFUSED_FOR_S)

@@ -47,10 +47,13 @@ class Reconciler:
         self._lost_messages: Final = LostMessages(app)
         self._prune_due = 0.0
 
-    def round(self) -> list[Finding]:
-        """Mend all that is found. What can't be mended is said, and found again by the next round."""
+    def round(self, goes_on: Callable[[], None] = lambda: None) -> list[Finding]:
+        """Mend all that is found, one after the other; `goes_on` is called before each. What can't be mended is said,
+        and found again by the next round.
+        """
         mended = []
         for finding in self.findings():
+            goes_on()
             logger.warning("%s: %s: %s", finding.part, finding.subject, finding.text)
             try:
                 finding.mend()

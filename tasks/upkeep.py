@@ -42,19 +42,23 @@ class Housework:
     def __init__(self, duty: Duty, call: Callable[[], float]) -> None:
         self.duty: Final = duty
         self._call: Final = call
-        self._came_round_at = math.inf
+        self._went_on_at = math.inf
 
     def round(self) -> float:
         """Do it, if this is the worker; seconds until the next round."""
-        self._came_round_at = time.monotonic()
+        self.goes_on()
         return self._call() if self.duty.is_held() else ROUND_S
+
+    def goes_on(self) -> None:
+        """Called between two steps of what may take long."""
+        self._went_on_at = time.monotonic()
 
     def leave_if_stuck(self, after_s: float) -> None:
         """Called by another thread: a disk or a server that does not answer may hold this one for ever."""
-        if time.monotonic() - self._came_round_at > after_s:
+        if time.monotonic() - self._went_on_at > after_s:
             logger.warning("the %s has been stuck for %.0f s; another worker takes over", self.duty.name, after_s)
             self.duty.leave()  # what the database does not take now is tried again
-            self._came_round_at = math.inf
+            self._went_on_at = math.inf
 
 
 class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
@@ -173,12 +177,12 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         """Mend what disagrees, every LEASE_RENEW_S; seconds until the next round."""
         if time.monotonic() >= self._reconcile_due:
             self._reconcile_due = time.monotonic() + self._app.settings.lease_renew_s
-            self._reconciler.round()
+            self._reconciler.round(self._housework["reconciler"].goes_on)
         return ROUND_S
 
     def dispatch(self) -> float:
         """Publish what is due; seconds until the next round."""
-        wait_s = self._dispatcher.round()
+        wait_s = self._dispatcher.round(self._housework["dispatcher"].goes_on)
         if self._dispatcher.is_broker_away:
             self._housework["dispatcher"].duty.leave()
             return 2 * ROUND_S  # so that a worker which reaches the broker gets it

@@ -284,5 +284,5 @@ def test_after_a_round_that_took_all_it_may_the_next_comes_at_once(app, dispatch
     for job in [add.apply_async((n, n), countdown=60) for n in range(3)]:
         change(app, job, run_after_utc=now())
 
-    assert dispatcher.round(2) == 0.0
-    assert dispatcher.round(2) == 1.0
+    assert dispatcher.round(limit=2) == 0.0
+    assert dispatcher.round(limit=2) == 1.0

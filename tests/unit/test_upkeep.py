@@ -152,6 +152,25 @@ def test_who_is_stuck_in_its_housework_loses_the_duty_and_goes_on_without_it(app
     assert done == [1]
 
 
+def test_who_mends_much_is_not_stuck_while_it_goes_on(app, add, upkeep, clock, monkeypatch):
+    jobs = [add.delay(number, number) for number in range(3)]
+    for job in jobs:
+        claimed_by(app, job, f"dead-{job.id}")
+    close = app.store.close
+
+    def close_slowly(*args, **options):
+        clock.pass_s(10)
+        upkeep._housework["reconciler"].leave_if_stuck(15.0)
+        return close(*args, **options)
+
+    monkeypatch.setattr(app.store, "close", close_slowly)
+
+    reconcile(upkeep)
+
+    assert app.store.duty_holder("reconciler") == app.lease
+    assert [app.store.job(job.id)["status"] for job in jobs] == ["queued"] * 3
+
+
 class Unreachable:
     """A connection to a broker that is away."""
 
