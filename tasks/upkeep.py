@@ -84,6 +84,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         # A thread each: a broker or a disk that does not answer must not keep the lease from being renewed, nor what is
         # due from being published.
         rounds = {"upkeep": self.round} | {name: work.round for name, work in self._housework.items()}
+        self._wakes: Final = {name: threading.Event() for name in rounds}
         self._threads: Final = [
             threading.Thread(target=self._repeat, args=(name, call), name=name, daemon=True)
             for name, call in rounds.items()
@@ -99,6 +100,8 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         if self._stopping.is_set():
             return
         self._stopping.set()
+        for wake in self._wakes.values():
+            wake.set()
         for job in request.running():  # a way out that waited for none
             job.give_back("its worker was stopped")
         for thread in self._threads:
@@ -123,13 +126,15 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             hub.call_repeatedly(LOOK_FOR_DEAD_CHILDREN_S, worker.pool.maintain_pool)
 
     def renew_soon(self) -> None:
-        """Say within a second that this worker lives: it has lost its broker, which hands its messages to others."""
+        """Say at once that this worker lives: it has lost its broker, which hands its messages to others."""
         self._beat_due = 0.0
+        self._wakes["upkeep"].set()
 
     def drain(self) -> None:
-        """The worker takes no more jobs; it is shown at the next round."""
+        """The worker takes no more jobs; it is shown at once."""
         self._heartbeat.status = WorkerStatus.DRAINING
         self._beat_due = 0.0
+        self._wakes["upkeep"].set()
 
     @property
     def is_draining(self) -> bool:
@@ -153,7 +158,8 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
                 logger.warning("%s: the broker does not answer: %s", name, exc)
             except Exception:
                 logger.exception("a round of the %s failed; the next one follows", name)
-            self._stopping.wait(wait_s)
+            self._wakes[name].wait(wait_s)
+            self._wakes[name].clear()
 
     def round(self) -> float:
         """What this worker owes itself; seconds until the next round."""
@@ -177,7 +183,8 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         """Mend what disagrees, every LEASE_RENEW_S; seconds until the next round."""
         if time.monotonic() >= self._reconcile_due:
             self._reconcile_due = time.monotonic() + self._app.settings.lease_renew_s
-            self._reconciler.round(self._housework["reconciler"].goes_on)
+            if self._reconciler.round(self._housework["reconciler"].goes_on):
+                self._wakes["dispatcher"].set()  # what was closed or lost is due now
         return ROUND_S
 
     def dispatch(self) -> float:

@@ -152,6 +152,17 @@ def test_who_is_stuck_in_its_housework_loses_the_duty_and_goes_on_without_it(app
     assert done == [1]
 
 
+def test_what_the_reconciler_has_mended_wakes_the_dispatcher(app, add, upkeep):
+    job = add.delay(1, 1)
+    reconcile(upkeep)
+    assert not upkeep._wakes["dispatcher"].is_set()
+    claimed_by(app, job, "dead")
+
+    reconcile(upkeep)
+
+    assert upkeep._wakes["dispatcher"].is_set()
+
+
 def test_who_mends_much_is_not_stuck_while_it_goes_on(app, add, upkeep, clock, monkeypatch):
     jobs = [add.delay(number, number) for number in range(3)]
     for job in jobs:
