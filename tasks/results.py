@@ -5,6 +5,7 @@ and task meta for `AsyncResult`. A write of an attempt that has lost its job cha
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.05
+UNKNOWN_AFTER_S: Final = 3.0
+"""So long a job may have no row before whoever waits for it is told: a transaction may be about to commit it."""
 
 
 class JobBackend(BaseBackend):
@@ -166,18 +169,23 @@ class JobBackend(BaseBackend):
         no_ack: bool = True,
         on_interval: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """Poll the row every 50 ms until the job has ended.
+        """Poll the row every 50 ms until the job has ended. One warning says that no job has this id so far.
 
         Raises:
-            celery.exceptions.TimeoutError: It has not ended within `timeout` seconds.
+            celery.exceptions.TimeoutError: It has not ended within `timeout` seconds; the message says how far it is.
         """
         self._ensure_not_eager()
         self._require_database()
+        look_at = time.monotonic() + UNKNOWN_AFTER_S
         for _ in _polls(timeout, on_interval):
             meta: dict[str, Any] = self.get_task_meta(task_id)
             if meta["status"] in states.READY_STATES:
                 return meta
-        raise TimeoutError("The operation timed out.")
+            if time.monotonic() >= look_at:
+                look_at = math.inf
+                if self._is_unknown(task_id):
+                    logger.warning("no job has the id %s here yet; still waiting", task_id)
+        raise TimeoutError(self._unfinished(task_id, timeout or 0))
 
     def get_many(
         self,
@@ -203,7 +211,20 @@ class JobBackend(BaseBackend):
                 yield row["job_id"], meta
             if not missing:
                 return
-        raise TimeoutError(f"{len(missing)} jobs have not ended in time.")
+        several = f"{len(missing)} jobs have not ended in time; one of them: " if len(missing) > 1 else ""
+        raise TimeoutError(several + self._unfinished(min(missing), timeout or 0))
+
+    def _unfinished(self, job_id: str, waited_s: float) -> str:
+        """What is known of a job that somebody has waited for in vain."""
+        if (row := self.app.store.job(job_id)) is not None:
+            said = f"{row['task_type']} is {row['status']} after {waited_s:g} s"
+            return f"{job_id}: {said}; celery -A tasks jobs explain {job_id} says why"
+        said = "no job has this id here" if self._is_unknown(job_id) else "the job before it has not ended"
+        return f"{job_id}: {said}"
+
+    def _is_unknown(self, job_id: str) -> bool:
+        """Whether there is no such job, nor one that it follows: a step of a chain gets its row when it is sent."""
+        return self.app.store.job(job_id) is None and not self.app.store.unfinished_that_name(job_id)
 
     def _require_database(self) -> None:
         if self.app.is_without_database:

@@ -1,7 +1,7 @@
 """What `AsyncResult` says of a row, whoever asks."""
 
 import pytest
-from celery import group
+from celery import chain, group
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
@@ -119,14 +119,58 @@ def test_get_of_a_cancelled_job_raises_that_it_was_revoked(store, job, result):
     assert result.state == "REVOKED"
 
 
-def test_get_gives_up_in_time(result):
-    with pytest.raises(ResultTimeout):
+def test_get_gives_up_in_time_and_says_how_far_the_job_is(store, job, result):
+    said = "job-1: add is {} after 0.1 s; celery -A tasks jobs explain job-1 says why"
+
+    with pytest.raises(ResultTimeout, match=said.format("queued")):
+        result.get(timeout=0.1)
+    claim(store, job)
+    with pytest.raises(ResultTimeout, match=said.format("running")):
         result.get(timeout=0.1)
 
 
-def test_get_many_gives_up_in_time(producer, result):
-    with pytest.raises(ResultTimeout):
-        ResultSet([result, AsyncResult("other", app=producer.app)], app=producer.app).join_native(timeout=0.1)
+def test_get_of_an_unknown_job_gives_up_in_time_and_says_that_it_is_unknown(producer):
+    with pytest.raises(ResultTimeout, match=r"^nobody: no job has this id here$"):
+        AsyncResult("nobody", app=producer.app).get(timeout=0.1)
+
+
+def test_a_step_that_is_not_sent_yet_is_not_unknown(producer, caplog, monkeypatch):
+    monkeypatch.setattr("tasks.results.UNKNOWN_AFTER_S", 0.0)
+    add = producer.app.tasks["add"]
+    last = chain(add.s(1, 1), add.s(2)).apply_async()
+
+    with pytest.raises(ResultTimeout, match=rf"^{last.id}: the job before it has not ended$"):
+        last.get(timeout=0.1)
+    assert "no job has the id" not in caplog.text
+
+
+def test_who_waits_for_an_id_without_a_row_is_warned_once_and_gets_its_result_all_the_same(
+    producer, store, caplog, monkeypatch
+):
+    monkeypatch.setattr("tasks.results.UNKNOWN_AFTER_S", 0.0)
+    polls = []
+
+    def complete_late():
+        polls.append(None)
+        if len(polls) == 3:
+            store.enqueue(new := new_job("late"))
+            store.complete("late", claim(store, new).attempt, 42)
+
+    assert AsyncResult("late", app=producer.app).get(timeout=10, on_interval=complete_late) == 42
+
+    assert [record.getMessage() for record in caplog.records if record.name == "tasks.results"] == [
+        "no job has the id late here yet; still waiting"
+    ]
+
+
+def test_get_many_gives_up_in_time_and_says_how_far_one_of_the_jobs_is(producer, result):
+    def join(*results):
+        ResultSet(list(results), app=producer.app).join_native(timeout=0.1)
+
+    with pytest.raises(ResultTimeout, match=r"^2 jobs have not ended in time; one of them: job-1: add is queued after"):
+        join(result, AsyncResult("other", app=producer.app))
+    with pytest.raises(ResultTimeout, match=r"^job-1: add is queued after 0.1 s; "):
+        join(result)
 
 
 def test_forget_keeps_the_row(store, job, result):
