@@ -261,7 +261,8 @@ class _Reader:
         scheme = value.partition("://")[0].lower() if "://" in value else ""
         if scheme.split("+", 1)[0] not in schemes:
             known = ", ".join(f"{known}://" for known in schemes)
-            raise SettingsError(f"{name} starts with {scheme or 'no scheme'!r}; it can be one of {known}")
+            said = f"starts with {scheme!r}" if scheme else "has no scheme"
+            raise SettingsError(f"{name} {said}; it can be one of {known}")
         if scheme.startswith("sqlite") and not value.partition("://")[2].startswith("//"):
             raise SettingsError(
                 f"{name}={value!r} names no absolute path, and every process may stand elsewhere; write "

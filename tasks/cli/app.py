@@ -25,6 +25,12 @@ else:
 T = TypeVar("T")
 
 
+class IntegerRange(click.IntRange):
+    """A whole number within limits; of what is none, Click's own would say that it is no "integer range"."""
+
+    name = "integer"
+
+
 def app_of(ctx: click.Context) -> "MediaTasks":
     """The app behind `-A`.
 

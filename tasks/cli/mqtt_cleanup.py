@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tasks.cli.app import with_app
+from tasks.cli.app import IntegerRange, with_app
 from tasks.cli.mqtt_connection import Connection, Refused
 from tasks.cli.text import counted, line, remark
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command("cleanup")
 @click.argument("pattern")
 @click.option("--broker", help="Another host than MQTT_BROKER.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Another port than MQTT_PORT.")
+@click.option("--port", type=IntegerRange(1, 65535), help="Another port than MQTT_PORT.")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Only list them.")
 @click.option("--force", "is_forced", is_flag=True, help="Also where PATTERN could be anybody's topics, such as #.")
 @with_app

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from tasks.cli.app import with_app
+from tasks.cli.app import IntegerRange, with_app
 from tasks.cli.mqtt_connection import ANSWER_WITHIN_S, Connection, Refused, Unreachable
 from tasks.cli.mqtt_events import SHORT_ID, Event, event_line, parsed
 from tasks.cli.text import remark
@@ -29,7 +29,7 @@ UNNOTICED_KEEPALIVES: Final = 4
 @click.command("watch")
 @click.option("--job", "job_id", default="", help="Only the job whose id this is, or begins so.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line: the payloads.")
-@click.option("--count", type=click.IntRange(1), help="End after so many events.")
+@click.option("--count", type=IntegerRange(1), help="End after so many events.")
 @click.option("--timeout", "timeout_s", type=Patience(), help="End after so many seconds.")
 @with_app
 def watch_events(app: "MediaTasks", job_id: str, is_json: bool, count: int | None, timeout_s: float | None) -> None:

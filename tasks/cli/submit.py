@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.cli.app import ParamType, app_of, readable_errors
+from tasks.cli.app import IntegerRange, ParamType, app_of, readable_errors
 from tasks.cli.text import clock, console_for, printable, remark
 from tasks.cli.times import Patience
 
@@ -56,7 +56,7 @@ def _command_of(task: "Job") -> click.Command:
     summary, described = _documentation(task.__doc__ or "")
     parameters = _declared(task, described)
     parameters += [
-        _own(task, "priority", type=click.IntRange(1, 10), help="10 runs first.  [default: 5]"),
+        _own(task, "priority", type=IntegerRange(1, 10), help="10 runs first.  [default: 5]"),
         _own(task, "wait", is_flag=True, help="Show progress until the job has ended; fail if it failed."),
         _own(task, "timeout", type=Patience(), help="With --wait: seconds to wait at most."),
     ]
@@ -250,10 +250,13 @@ def _wait(task: "Job", result: "AsyncResult", timeout_s: float | None) -> None:
 
 
 def _as_json(value: Any) -> str:
-    """A result as its row holds it: what JSON has no type for (bytes, times), with its type beside it."""
+    """A result as its row holds it: what JSON has no type for (bytes, times), with its type beside it. Only what a
+    terminal can't show is escaped.
+    """
     from kombu.utils.json import dumps
 
-    return str(dumps(value, indent=2))
+    text = str(dumps(value, indent=2, ensure_ascii=False))
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _followed(task: "Job", result: "AsyncResult", timeout_s: float | None) -> Any:

@@ -32,6 +32,8 @@ class Duration(ParamType):
 class Patience(click.FloatRange):
     """Seconds above 0 to wait at most."""
 
+    name = "number"
+
     def __init__(self) -> None:
         super().__init__(0, min_open=True)
 

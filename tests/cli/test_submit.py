@@ -100,6 +100,8 @@ def test_a_strategy_of_a_misspelt_queue_is_refused_in_one_line(celery, photo):
             ["image_resize", "in.jpg", "out.webp", "--width", "80", "--priority", "11"],
             "11 is not in the range 1<=x<=10",
         ),
+        (["image_resize", "in.jpg", "out.webp", "--width", "80", "--priority", "x"], "'x' is not a valid integer."),
+        (["image_resize", "in.jpg", "out.webp", "--width", "80", "--timeout", "x"], "'x' is not a valid number."),
         (["image_renditions", "in.jpg", "out", "--sizes", "400,big"], "sizes holds 'big'; a width, or a box"),
         (["image_renditions", "in.jpg", "out", "--sizes", "0"], "sizes holds 0; a width, or a box"),
         (["image_renditions", "in.jpg", "out"], "Missing option '--sizes'"),
@@ -243,6 +245,16 @@ def test_a_description_of_several_lines_is_shown_whole(submitted):
 
     assert "--crop TEXT Where to cut: at the centre, or where there is most to see. [default: none]" in text
     assert "Returns" not in text
+
+
+def test_a_result_is_readable_json_that_can_not_steer_the_terminal():
+    value = {"output": "/Fotos/für Zoë 写真 🦔.webp", "odd": "a\n\x1b\x9b\u202e\udcff\U000e0001"}
+
+    shown = submit._as_json(value)
+
+    assert "/Fotos/für Zoë 写真 🦔.webp" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)
+    assert json.loads(shown) == value
 
 
 def test_ctrl_c_while_waiting_leaves_the_job_and_says_so(commands, monkeypatch):

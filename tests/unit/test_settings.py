@@ -21,7 +21,7 @@ HOME = {"HOME": "/home/user"}
     ("variable", "value", "words"),
     [
         ("DATABASE_URL", "mysql://u:hunter2@h/db", ["mysql", "sqlite://", "postgresql://"]),
-        ("DATABASE_URL", "media_store.db", ["sqlite://"]),
+        ("DATABASE_URL", "media_store.db", ["DATABASE_URL has no scheme; it can be one of sqlite://"]),
         ("DATABASE_URL", "sqlite:///jobs.db", ["sqlite:///jobs.db", "absolute path", "sqlite:////"]),
         ("DATABASE_URL", "sqlite://", ["absolute path", "sqlite:////"]),
         ("CELERY_BROKER_URL", "sqlite:///broker.db", ["sqlite:///broker.db", "absolute path", "sqlite:////"]),
