@@ -6,12 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.cli.app import ParamType, with_app
+from tasks.cli.app import IntegerRange, ParamType, with_app
 from tasks.cli.control import cancel_jobs, replay_jobs, retry_jobs
 from tasks.cli.filters import unknown_task
 from tasks.cli.ids import job_row
 from tasks.cli.story import explain_job
-from tasks.cli.text import abridged, as_json, clock, console_for, cut, echo_json, printable, remark, shown, table_for
+from tasks.cli.text import (
+    abridged,
+    as_json,
+    clock,
+    console_for,
+    counted,
+    cut,
+    echo_json,
+    printable,
+    remark,
+    shown,
+    table_for,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -55,7 +67,7 @@ for command in (explain_job, cancel_jobs, retry_jobs, replay_jobs):
 @jobs.command("list")
 @click.option("--status", type=_StatusName(), help="Only jobs that stand there.")
 @click.option("--task", "task_type", metavar="CAPABILITY", help="Only jobs of this capability.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+@click.option("--limit", type=IntegerRange(1, 10_000), default=50, show_default=True)
 @click.option("--json", "is_json", is_flag=True, help="One JSON object a line, with every column.")
 @click.pass_context
 @with_app
@@ -163,7 +175,13 @@ def _id_length(rows: "Sequence[Row]") -> int:
 
 
 def _note(row: "Row", is_wide: bool) -> str:
-    """What one wants to know next: why it failed, who has it, or when it is due."""
+    """What one wants to know next: how often a worker died of it, and where it stands."""
+    deaths = counted(row["deaths"], "death") if row["deaths"] else ""
+    return ", ".join(filter(None, [deaths, _note_on_status(row, is_wide)]))
+
+
+def _note_on_status(row: "Row", is_wide: bool) -> str:
+    """Why it failed, who has it, or when it is due."""
     from db.records import Status, now
 
     status = Status(row["status"])

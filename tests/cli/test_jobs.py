@@ -3,12 +3,14 @@
 import json
 import re
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from db.records import Failure, Fence, Status, now
 from tasks.cli.jobs import jobs
 from tasks.errors import CorruptMedia
+from tests.unit.jobs import change
 
 ID = "8af269fb-e3fe-466a-b147-05f91584394b"
 OTHER = "91aaa2bd-2bc0-4c6f-9414-66a341ac416d"
@@ -122,6 +124,17 @@ def test_a_retry_says_when_it_is_due_and_after_what(commands):
     (line,) = lines_of(commands.run(jobs, "list", columns=140))[2:]
 
     assert line.rstrip().endswith(f"retry 1 after CorruptMedia, due {due.astimezone():%H:%M:%S}")
+
+
+def test_deaths_of_its_workers_stand_in_the_note_of_a_job(every_status):
+    for job_id, deaths in ((ID, 1), (OTHER, 2)):
+        change(every_status, SimpleNamespace(id=job_id), deaths=deaths)
+
+    lines = [line.rstrip() for line in lines_of(every_status.run(jobs, "list", columns=200))]
+
+    assert next(line for line in lines if ID in line).endswith(" 1 death")
+    assert re.search(r" 2 deaths, CorruptMedia: in\.jpg ", next(line for line in lines if OTHER in line))
+    assert "\n".join(lines).count("death") == 2
 
 
 def test_only_a_time_that_is_still_to_come_is_shown_as_due(commands):
