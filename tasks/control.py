@@ -113,13 +113,15 @@ def replay(job_id: str, *, app: "MediaTasks | None" = None) -> bool:
 
 
 def retry(job_id: str, *, app: "MediaTasks | None" = None) -> bool:
-    """Run a job now: one that waits for its retry or its ETA at once, a failed or cancelled one as `replay` does.
+    """Run a job now: one that waits for its retry or its ETA at once, a failed one as `replay` does.
 
     Raises:
-        As `replay`.
+        As `replay`; InvalidArguments, too, for a cancelled one, which only `replay` runs again.
     """
     app = app or _app()
     row = _row(app, job_id)
+    if row["status"] == Status.CANCELLED and not was_never_sent(row):
+        raise InvalidArguments(f"{job_id} was cancelled; `jobs replay` runs it again")
     if row["status"] == Status.QUEUED and row["published_at"] is None:
         return app.store.republish(job_id, row["publication"], "asked to run now")
     return _queue_again(app, job_id)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tasks.cli.app import for_each, with_app
+from tasks.cli.app import IntegerRange, for_each, with_app
 from tasks.cli.filters import unknown_task
 from tasks.cli.ids import job_row
 from tasks.cli.text import line, printable, remark
@@ -75,7 +75,7 @@ def retry_jobs(app: "MediaTasks", job_ids: Sequence[str]) -> None:
 @click.argument("job_ids", metavar="[ID...]", nargs=-1)
 @click.option("--failed", "is_all", is_flag=True, help="The newest failed jobs, instead of those named.")
 @click.option("--task", "task_type", metavar="CAPABILITY", help="With --failed: only jobs of this capability.")
-@click.option("--limit", type=click.IntRange(1, 10_000), help="With --failed: so many at most.  [default: 50]")
+@click.option("--limit", type=IntegerRange(1, 10_000), help="With --failed: so many at most.  [default: 50]")
 @with_app
 def replay_jobs(
     app: "MediaTasks", job_ids: Sequence[str], is_all: bool, task_type: str | None, limit: int | None
@@ -83,10 +83,12 @@ def replay_jobs(
     """Run failed or cancelled jobs again, under their ids. What failed because of them follows them."""
     from tasks import control
 
-    if is_all == bool(job_ids):
-        raise click.UsageError("give the ids of jobs, or --failed")
+    if is_all and job_ids:
+        raise click.UsageError("give either ids or --failed, not both")
     if not is_all and (task_type is not None or limit is not None):
         raise click.UsageError("--task and --limit choose among failed jobs; they need --failed")
+    if not is_all and not job_ids:
+        raise click.UsageError("give the ids of jobs, or --failed")
     queues: set[str] = set()
 
     def replay(job_id: str) -> None:

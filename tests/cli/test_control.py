@@ -107,6 +107,17 @@ def test_retry_runs_failed_jobs_again_and_refuses_running_ones(commands, failed)
     assert status(commands, "aaaa") == "queued"
 
 
+def test_retry_leaves_cancelled_jobs_to_replay(commands):
+    commands.job("aaaa")
+    commands.run(jobs, "cancel", "aaaa")
+
+    result = commands.run(jobs, "retry", "aaaa")
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: aaaa was cancelled; `jobs replay` runs it again\n"
+    assert status(commands, "aaaa") == "cancelled"
+
+
 def test_a_remark_says_why_a_job_that_is_due_will_wait(commands, failed):
     failed("aaaa")
     failed("bbbb", queue="image_conversion")
@@ -188,7 +199,8 @@ def test_failed_of_a_misspelt_capability_is_an_error_that_names_the_nearest(comm
     ("arguments", "said"),
     [
         ((), "give the ids of jobs, or --failed"),
-        (("aaaa", "--failed"), "give the ids of jobs, or --failed"),
+        (("aaaa", "--failed"), "give either ids or --failed, not both"),
+        (("--task", "image_resize"), "they need --failed"),
         (("aaaa", "--limit", "3"), "they need --failed"),
     ],
 )

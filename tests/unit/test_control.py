@@ -267,8 +267,9 @@ def test_what_is_no_id_is_refused(producer, do, job_id):
 # Replay, retry
 
 
-@pytest.mark.parametrize("do", [control.replay, control.retry])
-@pytest.mark.parametrize("end", ["failed", "cancelled"])
+@pytest.mark.parametrize(
+    ("do", "end"), [(control.replay, "failed"), (control.replay, "cancelled"), (control.retry, "failed")]
+)
 def test_a_job_that_ended_badly_runs_again_as_new(producer, app, dispatcher, add, do, end):
     job = add.delay(1, 1)
     messages(producer, "add")
@@ -293,6 +294,16 @@ def test_a_job_that_waits_or_works_is_not_run_again(producer, app, add, do):
 
     assert [do(job.id) for job in (waiting, working, done)] == [False] * 3
     assert statuses(producer, waiting, working, done) == ["queued", "running", "completed"]
+
+
+def test_a_cancelled_job_is_run_again_by_a_replay_only(producer, add):
+    job = add.delay(1, 1)
+    control.cancel(job.id)
+
+    with pytest.raises(InvalidArguments, match=f"{job.id} was cancelled; `jobs replay` runs it again"):
+        control.retry(job.id)
+
+    assert statuses(producer, job) == ["cancelled"]
 
 
 def test_a_job_that_rests_until_its_retry_can_be_run_at_once(producer, app, dispatcher, add):
