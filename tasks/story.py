@@ -67,7 +67,7 @@ def _reasons_to_wait(app: "MediaTasks", row: Mapping[str, Any], state: "Queue | 
         if not late:
             reasons.append(f"{why}is due at {due:%Y-%m-%d %H:%M:%S} UTC")
         elif state is None or not state.is_paused:
-            reasons.append("due, and about to be published")
+            reasons.append("due, and about to be published" if app.live_workers() else "due; a worker publishes it")
     elif ahead := _ahead(app, row):
         reasons.append(ahead)
     elif not reasons:

@@ -384,6 +384,13 @@ def test_a_job_waits_until_it_is_due(app, add, served):
     assert why(job) == ["due, and about to be published"]
 
 
+def test_a_job_that_is_due_while_there_is_no_worker_waits_for_one(app, add):
+    job = add.apply_async((1, 1), countdown=60)
+    change(app, job, run_after_utc=now())
+
+    assert why(job) == ["no worker serves add", "due; a worker publishes it"]
+
+
 def test_a_job_waits_behind_others_of_its_priority_or_a_higher_one(add, served):
     add.apply_async((1, 1), priority=5)
     add.apply_async((1, 1), priority=9)
