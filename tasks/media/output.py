@@ -25,7 +25,7 @@ _WRITABLE = "make its directory writable for the worker"
 # {errno: (what is said, where the system's words don't fit; what helps)}
 _NOT_WRITABLE = {
     errno.EACCES: ("", _WRITABLE),
-    errno.ENOENT: ("its directory is not there", "keep it while the job runs"),  # it was made before; not so in /proc
+    errno.ENOENT: ("its directory is not there", "keep it while the job runs"),  # it was made before
     errno.EPERM: ("", _WRITABLE),
     errno.EROFS: ("", _WRITABLE),
     errno.ENOTDIR: _IN_THE_WAY,
@@ -101,6 +101,8 @@ def raise_for_write_error(exc: OSError, path: str | Path) -> None:
         raise DiskFull(f"{path}: {exc.strerror} while writing; free space there, or write elsewhere") from exc
     if exc.errno in _NOT_WRITABLE:
         cause, remedy = _NOT_WRITABLE[exc.errno]
+        if exc.errno == errno.ENOENT and Path(path).parent.is_dir():  # as in /proc
+            cause, remedy = "", "choose a directory in which files can be made"
         said = f"{path} can't be written: {cause or exc.strerror}"
         raise OutputNotWritable(f"{said}; {remedy}, or write elsewhere") from exc
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import AttemptDisturbed, AttemptLost, DiskFull, OutputNotWritable
-from tasks.media.output import TEMP_PREFIX, atomic_outputs, temp_files_of, token_in
+from tasks.media.output import TEMP_PREFIX, atomic_outputs, raise_for_write_error, temp_files_of, token_in
 from tests.media.conftest import files_under
 
 
@@ -112,6 +112,13 @@ def test_a_directory_that_vanishes_meanwhile_is_reported_with_what_helps(tmp_pat
     said = r"out\.bin can't be written: its directory is not there; keep it while the job runs, or write elsewhere$"
     with pytest.raises(OutputNotWritable, match=said), atomic_outputs([str(tmp_path / "gone" / "out.bin")]):
         shutil.rmtree(tmp_path / "gone")
+
+
+def test_a_directory_that_takes_no_files_is_reported_in_the_systems_words(tmp_path):
+    """As root hears it of /proc."""
+    said = r"out\.bin can't be written: No such file or directory; choose a directory in which files can be made"
+    with pytest.raises(OutputNotWritable, match=said):
+        raise_for_write_error(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), tmp_path / "out.bin")
 
 
 def test_a_temp_file_that_somebody_removes_is_written_anew_by_the_next_attempt(tmp_path):
