@@ -25,7 +25,7 @@ def of_seed(tmp_path, monkeypatch):
 
     def of_seed(seed):
         storm = Scenario("embedded", seed, SIZE, say=lambda _: None)
-        crew = Crew(deployment=None, size=SIZE.workers)
+        crew = Crew(deployment=None, size=SIZE.workers, hosts=[])
         blows = storm._havoc(crew, storm._servers(), disk).schedule
         orders = storm._workload(Material(tmp_path), disk).orders
         return blows, [(order.at_s, [replace(job, job_id="", members=()) for job in order.jobs]) for order in orders]
