@@ -42,6 +42,9 @@ worker_hijack_root_logger = True
 # Refuses what is no task message, and keeps what messages hold out of the log.
 worker_consumer = "tasks.consumer:MediaConsumer"
 worker_cancel_long_running_tasks_on_connection_loss = False
+# After a lost connection Celery would take fewer messages until as many jobs have ended; a pool of threads can be left
+# without any. The guard has no use for it: what comes back of a running job is acknowledged at once.
+worker_enable_prefetch_count_reduction = False
 
 timezone = "UTC"
 enable_utc = True
