@@ -217,11 +217,11 @@ def standard_rabbitmq() -> RabbitmqServer | None:
 
 @dataclass(frozen=True)
 class RedisServer:
-    """A Redis server without a password."""
+    """A Redis server without a password. Who has a database number stands in number 0: a test may flush its own."""
 
     port: int = 6379
 
-    OWNER_KEY: ClassVar[str] = "media_tasks_test_owner"
+    OWNER_KEY: ClassVar[str] = "media_tasks_test_owner_of_{}"
 
     def client(self, number: int = 0) -> "redis.Redis":
         return redis.Redis(
@@ -242,19 +242,22 @@ class RedisServer:
         try:
             yield f"redis://{HOST}:{self.port}/{number}"
         finally:
-            with self.client(number) as client:
+            with self.client(number) as client, self.client() as owners:
                 client.flushdb()
+                owners.delete(self.OWNER_KEY.format(number))
 
     def _take_number(self) -> int:
-        with self.client() as client:
-            count = int(client.config_get("databases")["databases"])
-        for number in reversed(range(1, count)):
-            with self.client(number) as client:
-                owner = client.get(self.OWNER_KEY)
-                if owner and not processes.is_running(int(owner)):  # left by a run that was killed
-                    client.flushdb()
-                if client.dbsize() == 0 and client.set(self.OWNER_KEY, str(os.getpid()), nx=True):
-                    return number
+        with self.client() as owners:
+            count = int(owners.config_get("databases")["databases"])
+            for number in reversed(range(1, count)):
+                key = self.OWNER_KEY.format(number)
+                with self.client(number) as client:
+                    owner = owners.get(key)
+                    if owner and not processes.is_running(int(owner)):  # left by a run that was killed
+                        client.flushdb()
+                        owners.delete(key)
+                    if client.dbsize() == 0 and owners.set(key, str(os.getpid()), nx=True):
+                        return number
         raise ServiceMissing(f"all {count} database numbers of Redis on port {self.port} are in use; FLUSHDB one")
 
 

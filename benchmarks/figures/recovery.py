@@ -16,7 +16,6 @@ from typing import Any
 from benchmarks.measure import Options, Peer, Row, skipped
 from benchmarks.photos import photos
 from benchmarks.workers import NO_RABBITMQ, NO_REDIS, rabbitmq_server, redis_server, settings, worker
-from tests.services import RedisServer
 from tests.tooling.waiting import eventually
 
 TARGETS_S = {"embedded": 3, "RabbitMQ": 5, "Redis": 30}
@@ -173,7 +172,6 @@ def _empty_broker(app: Any) -> None:
         return
     with app.connection_for_write() as connection, connection.channel() as channel:
         if url.startswith("redis"):
-            keys = [key for key in channel.client.scan_iter() if key != RedisServer.OWNER_KEY.encode()]
-            channel.client.delete(*keys)
+            channel.client.flushdb()
         else:
             channel.queue_purge("image_resize")

@@ -64,10 +64,23 @@ def test_redis_url_is_a_number_that_no_other_test_gets(redis_url, fresh_redis_ur
         assert second.get("apart") is None
 
 
+def test_a_redis_number_stays_with_whoever_flushes_it(private_redis):
+    server = private_redis("--databases", "2").server
+    with server.database() as url, redis.Redis.from_url(url) as client:
+        client.flushdb()
+
+        with pytest.raises(services.ServiceMissing, match="all 2 database numbers"), server.database():
+            pass
+
+    with server.database() as again:
+        assert again == url
+
+
 def test_a_redis_number_left_by_a_killed_run_is_taken_over(private_redis):
     server = private_redis("--databases", "2").server
-    with server.client(1) as client:
-        client.mset({server.OWNER_KEY: "999999999", "rubbish": "1"})
+    with server.client(0) as owners, server.client(1) as client:
+        owners.set(server.OWNER_KEY.format(1), "999999999")
+        client.set("rubbish", "1")
 
     with server.database() as url, redis.Redis.from_url(url) as client:
         assert client.get("rubbish") is None
