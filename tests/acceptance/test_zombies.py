@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import pyvips
@@ -102,13 +103,15 @@ def test_a_zombie_leaves_the_output_of_its_successor_alone(own, start, job, tmp_
 @pytest.mark.parametrize("end", ["its hard time limit strikes", "its process dies"])
 @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
 def test_the_end_of_a_zombie_leaves_what_its_successor_writes_alone(own, task, tmp_path, end):
-    own.start_worker("--concurrency=1", "-Q", "write_slowly")
-    limit = {"time_limit": 6} if "limit" in end else {}
-    job = task.write_slowly.apply_async((tmp_path / "out", 30.0, 5.0), **limit)
+    for _ in range(2):
+        own.start_worker("--concurrency=1", "-Q", "write_in_the_end")
+    limit = {"time_limit": 10} if "limit" in end else {}
+    job = task.write_in_the_end.apply_async((tmp_path / "out",), **limit)
     (first,) = eventually(lambda: temp_files(tmp_path), 10)
-    own.start_worker("--concurrency=1", "-Q", "write_slowly")
     (zombie_pid,) = map(int, lines(tmp_path / "out.pids"))
 
+    if limit:
+        time.sleep(4.0)  # so much later the limit strikes the successor
     assert own.app.store.close(job.id, own.row(job)["attempt"], reason="taken for dead")
     (later,) = eventually(lambda: [path for path in temp_files(tmp_path) if path != first], 4)
     if not limit:
@@ -116,6 +119,7 @@ def test_the_end_of_a_zombie_leaves_what_its_successor_writes_alone(own, task, t
     eventually(lambda: not processes.is_running(zombie_pid), 10)
     eventually(lambda: not first.exists(), 3)
     assert later.exists(), "it is over before its successor is"
+    (tmp_path / "out.goes-on").touch()
 
     assert job.get(**GET) == own.row(job)["attempt"] == 3
     assert (tmp_path / "out").read_text() == "whole"
