@@ -82,7 +82,7 @@ class Job(Task):
         guard.claim(self, args, kwargs)
         try:
             return self._call_body(args, kwargs)
-        except Exception as exc:
+        except BaseException as exc:
             verdict = self._verdict(exc)
             if verdict is exc:
                 raise
@@ -109,7 +109,7 @@ class Job(Task):
             self.confirm()  # Celery sends what follows before the completion is written
         return result
 
-    def _verdict(self, exc: Exception) -> Any:
+    def _verdict(self, exc: BaseException) -> Any:
         """What Celery is told of an error of the body: the error itself or another one, a retry, or `Ignore` where the
         row has moved on.
         """
@@ -135,7 +135,11 @@ class Job(Task):
                 return self._retried(error) if self.retry_on_timeout else error
             case MemoryError():  # Celery's main process would take it for its own
                 return OutOfMemory(f"{self.name} ran out of memory; give it a smaller input, or the worker more")
-        return self._retried(exc) if remedy.is_transient(exc) else exc
+            case Exception():
+                return self._retried(exc) if remedy.is_transient(exc) else exc
+        if self.request.is_eager:  # who called is asked to end
+            return exc
+        return PermanentError(f"{self.name} raised {exc!r}, which is to end a process; look at its input, or mend it")
 
     @property
     def _waited_s(self) -> float:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from asyncio import CancelledError
 from contextlib import suppress
 from email.message import Message
 from pathlib import Path
@@ -292,6 +293,13 @@ def write_in_the_end(self: Job, output: OutputPath) -> int:
 def list_beside(output: OutputPath) -> list[str]:
     """What lies in the directory of its output as it begins."""
     return sorted(os.listdir(Path(output).parent))  # noqa: PTH208
+
+
+@app.task
+def leave(file: str, how: str) -> None:
+    """Raise what is to end a process, or a coroutine."""
+    _append(file, "begin")
+    raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "cancel": CancelledError()}[how]
 
 
 @app.task

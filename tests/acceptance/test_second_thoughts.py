@@ -161,6 +161,21 @@ def test_a_job_that_is_rejected_by_its_body_fails_with_the_reason(own, task, tmp
     assert lines(tmp_path / "runs") == ["run"]
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_body_that_would_end_its_process_fails_and_its_worker_lives(own, task, tmp_path, pool):
+    worker = own.start_worker("-P", pool, "--concurrency=1")
+    for how, raised in {"exit": "SystemExit(3)", "interrupt": "KeyboardInterrupt()", "cancel": "Cancelled"}.items():
+        job = task.leave.delay(str(tmp_path / how), how)
+
+        row = own.wait_for(job, "failed")
+
+        assert (row["error_type"], row["deaths"]) == ("PermanentError", 0)
+        assert f"leave raised {raised}" in row["error_message"]
+        assert lines(tmp_path / how) == ["begin"]
+    assert task.add.delay(1, 1).get(**GET) == 2
+    assert worker.is_alive()
+
+
 def test_a_shutdown_from_afar_lets_running_jobs_finish(own, task, tmp_path):
     worker = own.start_worker("--concurrency=1")
     job = task.note.delay(str(tmp_path / "runs"), "job", 3.0)
