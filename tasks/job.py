@@ -29,7 +29,7 @@ from tasks.errors import (
     PermanentError,
 )
 from tasks.leftovers import token_of
-from tasks.rows import parameters_of
+from tasks.rows import parameters_of, require_json
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -105,8 +105,9 @@ class Job(Task):
             result = self.run(*bound.args, **bound.kwargs)
         finally:
             self.request.is_in_body = False
-        if self.request.chain or self.request.callbacks:
-            self.confirm()  # Celery sends what follows before the completion is written
+        if self.request.chain or self.request.callbacks:  # Celery sends what follows before the completion is written
+            require_json(result)
+            self.confirm()
         return result
 
     def _verdict(self, exc: BaseException) -> Any:

@@ -17,13 +17,12 @@ from celery.app.task import Context
 from celery.backends.base import BaseBackend
 from celery.canvas import _chain, chord, group, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded, TaskRevokedError, TimeoutError  # noqa: A004 (Celery's own name)
-from kombu.exceptions import EncodeError
 
 from db.records import UNFENCED, Fence, NewJob, Row, Status
 from tasks.errors import ResultsNotRead
 from tasks.job import follows_up
 from tasks.remedy import is_transient
-from tasks.rows import STATES, describe, exception_of, job_of_request, json_fault, meta_of, request_of_row, unsent
+from tasks.rows import STATES, describe, exception_of, job_of_request, meta_of, request_of_row, require_json, unsent
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -50,8 +49,7 @@ class JobBackend(BaseBackend):
     ) -> None:
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
-        if fault := json_fault(result):  # the tracer fails the job of an EncodeError
-            raise EncodeError(f"the result is no JSON: {fault}")
+        require_json(result)
         if attempt is not None and not self._completed(task_id, attempt, result):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return

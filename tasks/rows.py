@@ -10,6 +10,7 @@ from celery import states
 from celery.app.task import Context
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.utils.functional import maybe_list
+from kombu.exceptions import EncodeError
 from kombu.utils.json import dumps
 
 from db.records import Failure, NewJob, Sequel, Status
@@ -93,6 +94,16 @@ def json_fault(value: Any) -> str | None:
     except (TypeError, ValueError) as exc:
         return str(exc)
     return None
+
+
+def require_json(result: Any) -> None:
+    """Refuse what no row can hold.
+
+    Raises:
+        EncodeError: Of which the tracer fails the job.
+    """
+    if fault := json_fault(result):
+        raise EncodeError(f"the result is no JSON: {fault}")
 
 
 def parameters_of(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -193,6 +193,18 @@ def test_an_outage_at_each_attempt_excuses_no_third_one_in_a_row(producer, add, 
     assert [ended() for _ in range(3)] == [given_back, given_back, failed], "a replay begins anew"
 
 
+@pytest.mark.parametrize("follows", ["chain", "callbacks"])
+def test_what_follows_a_result_that_is_no_json_is_never_sent(producer, add, monkeypatch, follows):
+    monkeypatch.setattr(add, "run", lambda x, y: {x, y})
+    job, step = add.delay(1, 1), add.si(1, 1)
+    step.freeze("next")
+
+    assert run(add, job.id, 1, 1, publication=1, **{follows: [dict(step)]}) == "FAILURE"
+
+    assert publications(producer, "add") == [(job.id, 1)]
+    assert producer.row(job)["error_type"] == "EncodeError"
+
+
 def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
     assert out_of_time(lambda: None) == ("FAILURE", "failed", "failed")
 
