@@ -12,6 +12,7 @@ from runpy import run_path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from celery import Celery, signals
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.json import dumps, loads
@@ -136,6 +137,14 @@ class MediaTasks(Celery):
             return patiently(call, on_wait=_warn_of_waiting)
         finally:
             _waits.total_s += time.monotonic() - asked_at
+
+    def in_the_end(self, call: Callable[[], T]) -> T:
+        """As `patiently`, for what ends an attempt: a soft time limit that strikes meanwhile comes after the work."""
+        while True:
+            try:
+                return self.patiently(call)
+            except SoftTimeLimitExceeded:
+                logger.warning("a soft time limit struck while the end of an attempt was written")
 
     @property
     def waited_s(self) -> float:

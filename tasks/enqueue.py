@@ -235,7 +235,7 @@ def _requeue(
     """
     error = request.get("retry_error")
     run_after_utc, delay_s = due(name, options)
-    return app.patiently(
+    return app.in_the_end(
         lambda: app.store.requeue(
             request.id,
             attempt=request.attempt,

@@ -50,20 +50,12 @@ class JobBackend(BaseBackend):
         """Complete the row, also with `ignore_result`; then count it in its chord."""
         attempt = _attempt(request)
         require_json(result)
-        if attempt is not None and not self._completed(task_id, attempt, result):
+        if attempt is not None and not self.app.in_the_end(lambda: self.app.store.complete(task_id, attempt, result)):
             logger.warning("%s: attempt %d lost its job before it was done", task_id, attempt)
             return
         if request and request.chord:
             self.on_chord_part_return(request, state, result)
             self.app.patiently(lambda: self.app.store.settle(task_id))
-
-    def _completed(self, task_id: str, attempt: int, result: Any) -> bool:
-        """Write it, however long the database takes: a soft time limit that strikes now comes after the work."""
-        while True:
-            try:
-                return self.app.patiently(lambda: self.app.store.complete(task_id, attempt, result))
-            except SoftTimeLimitExceeded:
-                logger.warning("%s: its soft time limit struck while its completion was written", task_id)
 
     def mark_as_failure(
         self,
@@ -149,7 +141,7 @@ class JobBackend(BaseBackend):
         failure, fence = describe(exc, traceback), _fence(request)
         unknown = None if request is None else partial(_job, self.app, task_id, request)
         was_sent = bool(request and request.delivery_info and not request.get("is_unsent"))
-        return self.app.patiently(
+        return self.app.in_the_end(
             lambda: self.app.store.end(task_id, status, failure, fence=fence, unknown=unknown, was_sent=was_sent)
         )
 

@@ -205,6 +205,39 @@ def test_what_follows_a_result_that_is_no_json_is_never_sent(producer, add, monk
     assert producer.row(job)["error_type"] == "EncodeError"
 
 
+@pytest.mark.parametrize(
+    ("error", "write", "end"),
+    [
+        (None, "complete", ("completed", None)),
+        (ValueError("broken"), "end", ("failed", "ValueError")),
+        (ConnectionError("gone"), "requeue", ("queued", "ConnectionError")),
+    ],
+)
+def test_a_soft_time_limit_that_strikes_while_an_end_is_written_comes_after_the_work(
+    producer, add, monkeypatch, error, write, end
+):
+    store, tries = producer.app.store, []
+    write_it = getattr(store, write)
+
+    def body(x, y):
+        if error is not None:
+            raise error
+
+    def write_late(*args, **kwargs):
+        tries.append(args)
+        if len(tries) == 1:
+            raise SoftTimeLimitExceeded(1)
+        return write_it(*args, **kwargs)
+
+    monkeypatch.setattr(add, "run", body)
+    monkeypatch.setattr(store, write, write_late)
+    job = add.delay(1, 1)
+    run(add, job.id, 1, 1, publication=1)
+
+    row = producer.row(job)
+    assert (row["status"], row["error_type"], row["deaths"]) == (*end, 0)
+
+
 def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
     assert out_of_time(lambda: None) == ("FAILURE", "failed", "failed")
 
