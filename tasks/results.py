@@ -116,6 +116,8 @@ class JobBackend(BaseBackend):
         the task does with its own, since the steps of the chain have rows to end.
         """
         options = {"call_errbacks": call_errbacks and status is Status.FAILED, "state": STATES[status]}
+        if request and isinstance(request.chain, (list, tuple)):
+            request.chain = _with_parents(request.chain, self.app, request.root_id or request.id, request.id)
         with _following_up():
             super().mark_as_failure(task_id, exc, traceback, request, store_result=True, **options)
 
@@ -291,11 +293,14 @@ class JobBackend(BaseBackend):
 
     def _fail_body(self, body: Any, error: Exception, member: Any, *, is_news: bool) -> None:
         """End all jobs of the body, as those behind the member that has brought it to light; then Celery's part."""
+        parent_id = member.id
         for request in _unsent_jobs(body, self.app, member.id):
-            request.chord, request.root_id = None, member.root_id
+            request.chord, request.root_id, parent_id = None, member.root_id, request.id
             is_news = self._end(request.id, error, Status.FAILED, None, request) or is_news
         if not is_news:
             return
+        if chain := body.options.get("chain"):
+            body.options["chain"] = _with_parents(chain, self.app, member.root_id, parent_id)
         try:
             raise error  # Celery reads it from the stack, and only a worker's pool child has one
         except Exception:
@@ -307,7 +312,8 @@ class JobBackend(BaseBackend):
         """
         for step in chain if isinstance(chain, (list, tuple)) else ():
             if isinstance(maybe_signature(step, app=self.app), (group, chord)):
-                for request in _unsent_jobs(step, self.app):
+                for request in _unsent_jobs(step, self.app, step["options"].get("parent_id")):
+                    request.root_id = step["options"].get("root_id")
                     if state == states.REVOKED:
                         self.mark_as_revoked(request.id, str(exc), request=request)
                     else:
@@ -323,6 +329,17 @@ def _following_up() -> Iterator[None]:
         yield
     finally:
         follows_up.reset(token)
+
+
+def _with_parents(chain: Sequence[Any], app: "MediaTasks", root_id: str, parent_id: str) -> list[Any]:
+    """The steps behind a job, the next one last, as if they had been sent: each names its root and its parent."""
+    steps = []
+    for step in reversed(chain):
+        signature = maybe_signature(step, app=app, clone=True)
+        signature.options.update(root_id=root_id, parent_id=parent_id)
+        steps.append(signature)
+        parent_id = [parent_id, *(job_id for job_id, _, _ in _jobs_of(signature, app, parent_id))][-1]
+    return steps[::-1]
 
 
 def _unsent_jobs(signature: Any, app: "MediaTasks", parent_id: str | None = None) -> Iterator[Context]:

@@ -53,8 +53,13 @@ def test_a_chain_hands_each_result_on(deployment, task):
     assert result.get(**GET) == 15
     # Each step sends the next one before its own completion is written.
     steps = [deployment.wait_for(step, "completed") for step in (result.parent.parent, result.parent, result)]
-    assert {step["root_id"] for step in steps} == {steps[0]["job_id"]}
-    assert [step["parent_id"] for step in steps] == [None, steps[0]["job_id"], steps[1]["job_id"]]
+    assert_is_chain(steps)
+
+
+def assert_is_chain(rows):
+    """Each names the first as its root, and the one before it as its parent."""
+    assert {row["root_id"] for row in rows} == {rows[0]["job_id"]}
+    assert [row["parent_id"] for row in rows] == [None, *(row["job_id"] for row in rows[:-1])]
 
 
 def test_the_steps_behind_a_failed_one_fail_with_its_error_and_never_run(deployment, task, tmp_path):
@@ -72,6 +77,7 @@ def test_the_steps_behind_a_failed_one_fail_with_its_error_and_never_run(deploym
     assert [deployment.events(step) for step in steps[2:]] == [["created", "failed"]] * 2
     assert deployment.row(result)["error_type"] == "ValueError"
     assert deployment.row(result)["task_type"] == "add"
+    assert_is_chain([deployment.row(step) for step in steps])
 
 
 def test_a_chord_runs_its_body_once_with_all_results_in_order(deployment, task, tmp_path):
@@ -249,6 +255,7 @@ def test_what_waits_for_a_group_that_is_never_sent_hears_of_the_failure_before_i
     assert [deployment.wait_for(end, "failed")["task_type"] for end in ends] == (
         ["add", "total" if "canvases" in name else "add"] if len(ends) > 1 else ["total"]
     )
+    assert all(deployment.row(end)["root_id"] and deployment.row(end)["parent_id"] for end in ends)
 
 
 def test_a_group_behind_a_cancelled_step_is_cancelled(deployment, task, tmp_path):
