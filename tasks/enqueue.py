@@ -210,7 +210,9 @@ def _enqueue(app: "MediaTasks", job: NewJob, *, is_patient: bool) -> tuple[str, 
             publication = store.replay(job_id, job=job, is_resting=is_resting, only_unsent=is_patient)
         return job_id, publication
 
-    return app.patiently(enqueued) if is_patient else _twice(app, enqueued)
+    if not is_patient:
+        return _twice(app, enqueued)
+    return app.patiently(enqueued) if _interrupts_body(app, job.job_id) else app.in_the_end(enqueued)
 
 
 def _twice(app: "MediaTasks", call: Callable[[], T]) -> T:
@@ -309,8 +311,8 @@ def _publish(
 
 
 def _interrupts_body(app: "MediaTasks", task_id: str) -> bool:
-    """Whether a time limit that strikes the publish of a job has a body to end: not one that has returned, and whose
-    next step is sent, nor one that has just queued its own job again.
+    """Whether a time limit that strikes while a job is submitted has a body to end: not one that has returned, and
+    whose next step is sent, nor one that has just queued its own job again.
     """
     current = app.current_worker_task
     return current is not None and current.request.id != task_id and bool(current.request.get("is_in_body"))

@@ -144,7 +144,7 @@ def given_back(task: "Job", reason: str) -> Ignore | PermanentError:
     request, close = task.request, task.app.store.close
     if request.is_eager:
         return PermanentError(reason)
-    task.app.patiently(lambda: close(request.id, request.attempt, event=Event.RELEASED, reason=reason, is_death=False))
+    task.app.in_the_end(lambda: close(request.id, request.attempt, event=Event.RELEASED, reason=reason, is_death=False))
     return Ignore("it was given back")
 
 

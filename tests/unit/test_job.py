@@ -238,6 +238,28 @@ def test_a_soft_time_limit_that_strikes_while_an_end_is_written_comes_after_the_
     assert (row["status"], row["error_type"], row["deaths"]) == (*end, 0)
 
 
+@pytest.mark.parametrize("follows", ["chain", "callbacks"])
+def test_a_soft_time_limit_that_strikes_while_the_next_step_waits_for_the_database_comes_after_the_work(
+    producer, add, monkeypatch, follows
+):
+    store, tries = producer.app.store, []
+    enqueue = store.enqueue
+
+    def enqueue_late(*args, **kwargs):
+        tries.append(args)
+        if len(tries) == 1:
+            raise SoftTimeLimitExceeded(1)
+        return enqueue(*args, **kwargs)
+
+    job, step = add.delay(1, 1), add.s(1)
+    step.freeze("next")
+    monkeypatch.setattr(store, "enqueue", enqueue_late)
+
+    assert run(add, job.id, 1, 1, publication=1, **{follows: [dict(step)]}) == 2
+
+    assert (producer.row(job)["status"], producer.row("next")["status"]) == ("completed", "queued")
+
+
 def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
     assert out_of_time(lambda: None) == ("FAILURE", "failed", "failed")
 
