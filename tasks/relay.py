@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from db.records import Row
-from tasks.sinks.events import LONGEST_RESULT_BYTES, event_of, progress_of
+from tasks.sinks.events import LONGEST_RESULT_BYTES, Place, event_of, progress_of
 
 if TYPE_CHECKING:
     from db.store import Store
@@ -69,13 +69,17 @@ class Sink(Protocol):
     def unconfirmed(self) -> int:
         """How many are."""
 
-    def tell(self, events: Sequence[str]) -> None:
-        """Send events in order, to be confirmed."""
+    def tell(self, events: Mapping[Place, str]) -> None:
+        """Send events in order, to be confirmed. One that the receiver refuses for ever is passed over in time."""
 
-    def take_back(self) -> bool:
-        """Forget what is unconfirmed, if the receiver has refused some of it; False if it has refused nothing.
+    @property
+    def refused_from(self) -> Place | None:
+        """The first event that is not confirmed, if the receiver has refused some of them."""
 
-        Until then, and for a while after it, the sink is not open.
+    def take_back(self) -> None:
+        """Forget what is unconfirmed, if the receiver has refused some of it.
+
+        Until then, and perhaps for a while after it, the sink is not open.
         """
 
     def mention(self, event: str) -> None:
@@ -127,17 +131,19 @@ class Relay:
         return WHILE_BUSY if time.monotonic() < self._busy_until else WHILE_IDLE
 
     def leave(self) -> None:
-        """Let another worker have the duty. What the sink's receiver has refused is told from the log again, by whoever
-        has it next.
+        """Let another worker have the duty. From the first event that the sink's receiver has not taken, if it has
+        refused some, all is told from the log again, by whoever has it next.
         """
+        refused_from = self._sink.refused_from
+        if refused_from is not None and self._told is not None:
+            self._told = min(self._told, refused_from.row_id - 1)
         if self._log is not None:
-            if not self._sink.unconfirmed:
+            if refused_from is not None or not self._sink.unconfirmed:
                 self._record()
             self._duty.leave()
             self._log = None  # only now: what the database does not take is tried again at the next round
             self._duty_due = 0.0
-        if self._sink.take_back():
-            self._told = None
+        self._sink.take_back()
 
     def _keeps_duty(self) -> bool:
         if self._log is not None and time.monotonic() < self._duty_due:
@@ -186,7 +192,7 @@ class Relay:
         rising = self._rising()
         position = log.position
         rows = log.read(self._sink.window)
-        self._sink.tell([event for row in rows if row["job_id"] is not None and (event := event_of(row))])
+        self._sink.tell({_place(row): event for row in rows if row["job_id"] is not None and (event := event_of(row))})
         if log.position != position:
             self._told = log.position
         if len(rows) == self._sink.window:
@@ -211,6 +217,10 @@ class Relay:
             if now > self._risen[job_id] and sequences.get(job_id, row["sequence"]) == row["sequence"]:
                 self._risen[job_id] = now
                 self._sink.mention(progress_of(row))
+
+
+def _place(row: Row) -> Place:
+    return Place(row["id"], row["job_id"], row["sequence"])
 
 
 class LogReader:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from db.records import Event
 from tasks.sinks import topics
@@ -13,6 +13,17 @@ logger = logging.getLogger(__name__)
 LONGEST_RESULT_BYTES: Final = 64 * 1024
 LONGEST_MESSAGE: Final = 16 * 1024
 TRUNCATED: Final[Mapping[str, Any]] = {"result": None, "is_truncated": True}
+
+
+class Place(NamedTuple):
+    """Of an event in the log, by which events are ordered."""
+
+    row_id: int
+    job_id: str
+    sequence: int
+
+
+NOWHERE: Final = Place(0, "", 0)
 
 
 def event_of(row: Mapping[str, Any]) -> str | None:

@@ -9,22 +9,23 @@ import logging
 import math
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from threading import Event
 from typing import Any, Final
 
-from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from tasks.errors import SettingsError
 from tasks.settings import Settings
 from tasks.sinks import topics, trouble
+from tasks.sinks.awaited import Awaited
 from tasks.sinks.client import KEEPALIVE_S, new_client
 from tasks.sinks.closings import Cause, Closings
+from tasks.sinks.events import Place
 from tasks.sinks.limit import Limit
+from tasks.sinks.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ WINDOW: Final = 200
 GONE_WITHIN_S: Final = 2.0
 WAIT_FOR_RECONNECT_S: Final = (1, 5)
 CAPABILITY_EXPIRES_AFTER_HEARTBEATS: Final = 3
-# A broker that refuses an event is tried again after so long: its ACL may be mended by then.
-WAIT_WHEN_REFUSED_S: Final = 60.0
 # Two clients of one name would throw each other off once a second: who was thrown off waits, the second time longer.
 WAIT_WHEN_THROWN_OFF_S: Final = (5, 60)
 
@@ -53,12 +52,13 @@ class MqttSink:
         self._wakes: Final = wakes
         self._topic: Final = topics.capability_topic(settings.capability_topic_prefix, worker_id)
         self._client: Client | None = None
-        self._is_open = self._is_answered = self._is_refused = False
+        self._is_open = self._is_answered = False
         self._said: Final[set[str]] = set()
         self._connections = 0
         self._closings: Final = Closings()
         self._window = WINDOW
         self._limit: Final = Limit(settings)
+        self._refusals: Final = Refusals(settings)
         self._over_limit: Cause | None = None
         self._told: Final = Awaited()
         self._showing: Final = Awaited()
@@ -101,8 +101,9 @@ class MqttSink:
 
     @property
     def is_open(self) -> bool:
-        """Whether the broker is there, and has refused no event lately."""
-        return self._is_open and not self._told.is_any_refused() and time.monotonic() >= self._closed_until
+        """Whether the broker is there, and has refused no event lately; that counts when it has answered them all."""
+        is_refused = 0 < len(self._told.refused()) == self._told.count()
+        return self._is_open and not is_refused and time.monotonic() >= self._closed_until
 
     @property
     def window(self) -> int:
@@ -112,29 +113,34 @@ class MqttSink:
     def unconfirmed(self) -> int:
         return self._told.count()
 
-    def tell(self, events: Sequence[str]) -> None:
+    def tell(self, events: Mapping[Place, str]) -> None:
         if self._client is None:
             return
+        if events:
+            self._refusals.forget_before(min(events))
         with self._told.adding():
-            for event in events:
-                self._publish(self._client, event)
+            for place, event in events.items():
+                if not self._refusals.is_passed_over(place):
+                    self._publish(self._client, place, event)
         if not self._told.count():
             self._wake()  # the last one was confirmed before its number was known here
 
-    def take_back(self) -> bool:
-        if not self._told.is_any_refused():
-            return False
-        self._closed_until = time.monotonic() + WAIT_WHEN_REFUSED_S
-        self._told.clear()
-        return True
+    @property
+    def refused_from(self) -> Place | None:
+        return self._told.first() if self._told.refused() else None
+
+    def take_back(self) -> None:
+        if refused := self._told.refused():
+            self._closed_until = time.monotonic() + self._refusals.come(refused, self._told.last_taken)
+            self._told.clear()
 
     def mention(self, event: str) -> None:
         if self._client is not None and self._is_open and self._limit.fitting(event) == event:
             self._client.publish(self._settings.mqtt_topic, event, qos=0)
 
-    def _publish(self, client: Client, event: str) -> None:
+    def _publish(self, client: Client, place: Place, event: str) -> None:
         if (fitting := self._limit.fitting(event)) is not None:
-            self._last_told = self._told.add(client.publish(self._settings.mqtt_topic, fitting, qos=1))
+            self._last_told = self._told.add(client.publish(self._settings.mqtt_topic, fitting, qos=1), place)
 
     # The worker's capability
 
@@ -194,18 +200,18 @@ class MqttSink:
         this one over it, too.
         """
         events = [
-            message.payload.decode()
+            (self._told.place(message.mid), message.payload.decode())
             for message in unconfirmed
             if message.topic == self._settings.mqtt_topic and self._told.may_be_one(message.mid)
         ]
         if self._over_limit is not None:
-            self._limit.guess(events, is_certain=self._over_limit is Cause.TOO_LARGE)
+            self._limit.guess([event for _, event in events], is_certain=self._over_limit is Cause.TOO_LARGE)
         self._over_limit = None
-        for event in events:
-            self._publish(client, event)
+        for place, event in events:
+            self._publish(client, place, event)
         for message in unconfirmed:
-            self._told.confirm(message.mid)
-            self._showing.confirm(message.mid)  # the present one follows
+            self._told.answer(message.mid, None)
+            self._showing.answer(message.mid, None)  # the present one follows
 
     def _on_connect_fail(self, _client: Client, _data: Any) -> None:
         self._closings.missed()
@@ -240,25 +246,11 @@ class MqttSink:
         if mid in self._told or mid in self._showing:  # what is mentioned counts as published when it is written
             self._closings.confirmed()
         if code.is_failure:
-            self._warn_of_refusal(code)
-            self._told.refuse(mid)
-        else:
-            self._told.confirm(mid)
-        self._showing.confirm(mid)  # nothing is to be made up for: the next one follows
+            self._refusals.warn(code)
+        self._told.answer(mid, code)
+        self._showing.answer(mid, None)  # if refused, nothing is to be made up for: the next one follows
         if mid == self._last_told:
             self._wake()
-
-    def _warn_of_refusal(self, code: Any) -> None:
-        if self._is_refused:
-            return
-        self._is_refused = True
-        logger.warning(
-            "the MQTT broker %s refuses messages (%s); let %s write MQTT_TOPIC and below CAPABILITY_TOPIC_PREFIX. "
-            "Events wait until this worker or another one may tell them",
-            trouble.address(self._settings),
-            code,
-            "anyone" if self._settings.mqtt_username is None else "the user of MQTT_USERNAME",  # some are access tokens
-        )
 
     def _wake(self) -> None:
         for event in self._wakes:
@@ -280,68 +272,3 @@ class MqttSink:
             logger.warning(
                 "another MQTT client takes the connection of WORKER_ID=%s; give each worker its own", self._worker_id
             )
-
-
-class Awaited:
-    """The numbers of messages that are not confirmed yet. One thread adds and counts, paho's confirms.
-
-    paho's own `MQTTMessageInfo` raises for ever for a message that had to wait for a connection.
-    """
-
-    def __init__(self) -> None:
-        self._numbers: Final[set[int]] = set()
-        self._confirmed: Final[deque[int]] = deque()
-        self._refused: Final[deque[int]] = deque()
-        self._is_adding = self._is_any_refused = False
-
-    @contextmanager
-    def adding(self) -> Iterator[None]:
-        """What is published in the block may be confirmed before it is added."""
-        self._is_adding = True
-        try:
-            yield
-        finally:
-            self._is_adding = False
-
-    def add(self, message: MQTTMessageInfo) -> int:
-        self._numbers.add(message.mid)
-        return message.mid
-
-    def confirm(self, number: int) -> None:
-        """Keep the number if it may be one of these: nobody counts while a worker waits for its broker at start."""
-        if self.may_be_one(number):
-            self._confirmed.append(number)
-
-    def refuse(self, number: int) -> None:
-        """The broker has it, and will not have it: it stays unconfirmed."""
-        if self.may_be_one(number):
-            self._refused.append(number)
-
-    def may_be_one(self, number: int) -> bool:
-        """From any thread; True, too, for what is just being added."""
-        return self._is_adding or number in self._numbers  # in this order: it is added before that ends
-
-    def clear(self) -> None:
-        """Await nothing any more."""
-        self._numbers.clear()
-        self._is_any_refused = False
-
-    def count(self) -> int:
-        while self._confirmed:
-            self._numbers.discard(self._confirmed.popleft())
-        while self._refused:
-            self._is_any_refused |= self._refused.popleft() in self._numbers
-        return len(self._numbers)
-
-    def is_any_refused(self) -> bool:
-        """Whether one of these was; from the thread that counts."""
-        self.count()
-        return self._is_any_refused
-
-    def __contains__(self, number: int) -> bool:
-        """From any thread; False, too, for one that is confirmed before it is added."""
-        return number in self._numbers
-
-    def has_any(self) -> bool:
-        """From any thread."""
-        return bool(self._numbers.difference(self._confirmed))

@@ -10,6 +10,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from tasks.settings import read_settings
 from tasks.sinks import closings
 from tasks.sinks.closings import KEEP_ALIVE_TIMEOUT, SESSION_TAKEN_OVER, UNSPECIFIED, Cause, Closings
+from tasks.sinks.events import Place
 from tasks.sinks.mqtt import MqttSink
 
 
@@ -113,7 +114,7 @@ def test_only_what_the_broker_answers_is_confirmed(monkeypatch):
     monkeypatch.setattr(sink._closings, "confirmed", lambda: confirmations.append(1))
     sink._client, sink._is_open = SimpleNamespace(publish=lambda *_, **__: SimpleNamespace(mid=next(numbers))), True
     sink.mention('{"number": 1}')
-    sink.tell(['{"number": 2}'])
+    sink.tell({Place(1, "a", 1): '{"number": 2}'})
     sink.show(["add"], 1, is_draining=False)
 
     counts = []
