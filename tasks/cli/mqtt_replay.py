@@ -10,7 +10,7 @@ import click
 
 from tasks.cli.app import with_app
 from tasks.cli.ids import job_row
-from tasks.cli.mqtt_connection import Connection, Unreachable
+from tasks.cli.mqtt_connection import Connection, Refused, Unreachable
 from tasks.cli.mqtt_events import SHORT_ID, event_line
 from tasks.cli.text import counted, remark
 from tasks.cli.times import Since
@@ -51,7 +51,8 @@ def replay_events(
 
 
 class _Publisher:
-    """Tells events again, each until the broker has it. One that is too long for it is shortened, and stops no other.
+    """Tells events again, each until the broker has it. One that is too long for it is shortened, and stops no other;
+    nor does one that it refuses, if it takes others.
 
     A broker may announce its limit. Others only close the connection over what is too long: so an event over which it
     was lost is tried once more, shortened, and then passed over.
@@ -60,13 +61,24 @@ class _Publisher:
     def __init__(self, connection: Connection, topic: str) -> None:
         self._connection = connection
         self._topic = topic
-        self._published = self._shortened = self._left_out = 0
+        self._published = self._shortened = self._left_out = self._refused = 0
+        self._refusal: Refused | None = None
 
     def publish(self, event: str) -> None:
         """
         Raises:
             Unreachable: The broker has gone, and takes no other connection.
+            Refused: It takes nothing.
         """
+        try:
+            self._publish(event)
+        except Refused as exc:
+            self._raise_refusal()
+            self._refusal = exc
+            self._refused += 1
+            remark(f"not published: {_named(event)}: {exc.message}")
+
+    def _publish(self, event: str) -> None:
         from tasks.sinks.limit import LEAST_BYTES
 
         longest_bytes = self._connection.longest_bytes(self._topic)
@@ -83,8 +95,10 @@ class _Publisher:
     def sum_up(self) -> None:
         """
         Raises:
+            Refused: The broker took nothing.
             click.exceptions.Exit: Not all could be published; code 1.
         """
+        self._raise_refusal()
         remark(f"{counted(self._published, 'event')} published to {self._topic} on {self._connection.address}")
         if self._shortened or self._left_out:
             longest_bytes = self._connection.longest_bytes(self._topic)
@@ -93,8 +107,13 @@ class _Publisher:
                 f"the rest is in the job table: raise the broker's limit{known} (Mosquitto: max_packet_size, "
                 "message_size_limit) and run this again, or leave out --publish"
             )
-        if self._left_out:
+        if self._left_out or self._refused:
             raise click.exceptions.Exit(1)
+
+    def _raise_refusal(self) -> None:
+        """The one that was kept, unless something was published."""
+        if self._refusal is not None and not self._published:
+            raise self._refusal
 
     def _is_taken(self, text: str, event: str) -> bool:
         """Whether the broker has it; if not, the connection is a new one."""

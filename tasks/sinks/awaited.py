@@ -7,7 +7,7 @@ for a connection.
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 from paho.mqtt.client import MQTTMessageInfo
 from paho.mqtt.reasoncodes import ReasonCode
@@ -15,11 +15,22 @@ from paho.mqtt.reasoncodes import ReasonCode
 from tasks.sinks.events import NOWHERE, Place
 
 
+class Sent(NamedTuple):
+    """A message; an event has a place in the log, and its length counts."""
+
+    place: Place = NOWHERE
+    size_bytes: int = 0
+
+
+UNKNOWN: Final = Sent()
+
+
 class Awaited:
-    """The numbers of messages, each with its place in the log if it is an event."""
+    """The numbers of messages. `longest_taken_bytes` is the length of the longest event that was ever confirmed."""
 
     def __init__(self) -> None:
-        self._places: Final[dict[int, Place]] = {}
+        self.longest_taken_bytes = 0
+        self._sent: Final[dict[int, Sent]] = {}
         self._answers: Final[deque[tuple[int, ReasonCode | None]]] = deque()
         self._refused: Final[dict[int, ReasonCode]] = {}
         self._last_taken = NOWHERE
@@ -34,8 +45,8 @@ class Awaited:
         finally:
             self._is_adding = False
 
-    def add(self, message: MQTTMessageInfo, place: Place = NOWHERE) -> int:
-        self._places[message.mid] = place
+    def add(self, message: MQTTMessageInfo, sent: Sent = UNKNOWN) -> int:
+        self._sent[message.mid] = sent
         return message.mid
 
     def answer(self, number: int, code: ReasonCode | None) -> None:
@@ -48,15 +59,15 @@ class Awaited:
 
     def place(self, number: int) -> Place:
         """From any thread; NOWHERE for what is just being added."""
-        return self._places.get(number, NOWHERE)
+        return self._sent.get(number, UNKNOWN).place
 
     def may_be_one(self, number: int) -> bool:
         """From any thread; True, too, for what is just being added."""
-        return self._is_adding or number in self._places  # in this order: it is added before that ends
+        return self._is_adding or number in self._sent  # in this order: it is added before that ends
 
     def clear(self) -> None:
         """Await nothing any more."""
-        self._places.clear()
+        self._sent.clear()
         self._refused.clear()
         self._last_taken = NOWHERE
 
@@ -64,24 +75,25 @@ class Awaited:
         """How many are not confirmed."""
         while self._answers:
             number, code = self._answers.popleft()
-            if number not in self._places:
+            if number not in self._sent:
                 continue
             if code is not None and code.is_failure:
                 self._refused[number] = code
                 continue
-            place = self._places.pop(number)
+            sent = self._sent.pop(number)
             if code is not None:
-                self._last_taken = max(self._last_taken, place)
-        return len(self._places)
+                self._last_taken = max(self._last_taken, sent.place)
+                self.longest_taken_bytes = max(self.longest_taken_bytes, sent.size_bytes)
+        return len(self._sent)
 
     def first(self) -> Place:
         """The first one that is not confirmed, if there is one."""
-        return min(self._places.values())
+        return min(self._sent.values()).place
 
     def refused(self) -> Mapping[Place, ReasonCode]:
         """Those that were refused, from the thread that counts."""
         self.count()
-        return {self._places[number]: code for number, code in self._refused.items()}
+        return {self._sent[number].place: code for number, code in self._refused.items()}
 
     @property
     def last_taken(self) -> Place:
@@ -90,8 +102,8 @@ class Awaited:
 
     def __contains__(self, number: int) -> bool:
         """From any thread; False, too, for one that is confirmed before it is added."""
-        return number in self._places
+        return number in self._sent
 
     def has_any(self) -> bool:
         """Whether one has no answer; from the thread that answers."""
-        return bool(self._places.keys() - {number for number, _ in list(self._answers)} - self._refused.keys())
+        return bool(self._sent.keys() - {number for number, _ in list(self._answers)} - self._refused.keys())

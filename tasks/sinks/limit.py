@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Of a PUBLISH, without topic and properties: type, length (up to 4), length of the topic, number, length of properties.
 PACKET_BYTES: Final = 1 + 4 + 2 + 2 + 1
-# An event without result or error message is shorter; no broker that takes capabilities has a lower limit.
+# An event without result or error message is shorter; hardly a broker has a lower limit.
 LEAST_BYTES: Final = 1024
 FORGOTTEN_AFTER_S: Final = 600.0
 
@@ -37,17 +37,19 @@ class Limit:
         around = PACKET_BYTES + len(self._settings.mqtt_topic.encode())
         self._announced_bytes = math.inf if packet_bytes is None else packet_bytes - around
 
-    def guess(self, events: Sequence[str], *, is_certain: bool) -> None:
+    def guess(self, events: Sequence[str], *, is_certain: bool, longest_taken_bytes: int) -> None:
         """One of these was too long, or perhaps so, though nothing was announced.
 
         The longest is the likeliest. Half of it is taken for the limit, so that few connections are lost until it is
-        found. If all are short it was something else, and nothing is left out.
+        found. If all are short it was something else, and nothing is left out; unless the broker says so and has taken
+        shorter ones: then it is the longest.
         """
         longest_bytes = max(map(len, events), default=0)
-        if longest_bytes <= LEAST_BYTES:
+        is_short = longest_bytes <= LEAST_BYTES
+        if is_short and not (is_certain and 0 < longest_taken_bytes < longest_bytes):
             self._say_it_is_another_reason()
             return
-        self._guessed_bytes = max(longest_bytes // 2, LEAST_BYTES)
+        self._guessed_bytes = longest_bytes - 1 if is_short else max(longest_bytes // 2, LEAST_BYTES)
         self._guess_ends_at = math.inf if is_certain else time.monotonic() + FORGOTTEN_AFTER_S
         self._say(
             "closes the connection over a message that is too long; raise its limit (Mosquitto: message_size_limit, "

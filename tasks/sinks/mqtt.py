@@ -20,7 +20,7 @@ from paho.mqtt.properties import Properties
 from tasks.errors import SettingsError
 from tasks.settings import Settings
 from tasks.sinks import topics, trouble
-from tasks.sinks.awaited import Awaited
+from tasks.sinks.awaited import Awaited, Sent
 from tasks.sinks.client import KEEPALIVE_S, new_client
 from tasks.sinks.closings import Cause, Closings
 from tasks.sinks.events import Place
@@ -140,7 +140,8 @@ class MqttSink:
 
     def _publish(self, client: Client, place: Place, event: str) -> None:
         if (fitting := self._limit.fitting(event)) is not None:
-            self._last_told = self._told.add(client.publish(self._settings.mqtt_topic, fitting, qos=1), place)
+            message = client.publish(self._settings.mqtt_topic, fitting, qos=1)
+            self._last_told = self._told.add(message, Sent(place, len(fitting)))
 
     # The worker's capability
 
@@ -205,7 +206,11 @@ class MqttSink:
             if message.topic == self._settings.mqtt_topic and self._told.may_be_one(message.mid)
         ]
         if self._over_limit is not None:
-            self._limit.guess([event for _, event in events], is_certain=self._over_limit is Cause.TOO_LARGE)
+            self._limit.guess(
+                [event for _, event in events],
+                is_certain=self._over_limit is Cause.TOO_LARGE,
+                longest_taken_bytes=self._told.longest_taken_bytes,
+            )
         self._over_limit = None
         for place, event in events:
             self._publish(client, place, event)

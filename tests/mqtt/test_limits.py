@@ -68,7 +68,7 @@ def test_a_limit_that_is_announced_is_kept_and_forgotten_with_its_connection(lim
 def test_a_guess_halves_the_longest_event_and_is_said_once(limit, caplog):
     long, short = text("a", 4, "completed", {"result": LONG}), text("b", 1)
 
-    limit.guess([short, long], is_certain=True)
+    limit.guess([short, long], is_certain=True, longest_taken_bytes=0)
 
     assert limit.fitting(short) == short
     assert limit.fitting(text("c", 4, "completed", {"result": LONG[:9000]})).count("x") == 9000
@@ -79,8 +79,8 @@ def test_a_guess_halves_the_longest_event_and_is_said_once(limit, caplog):
 def test_events_that_are_short_are_too_long_for_no_broker(limit, caplog):
     events = [text("a", 1), text("a" * 20, 1)]
 
-    for is_certain in (True, False):
-        limit.guess(events, is_certain=is_certain)
+    for is_certain, longest_taken_bytes in [(True, 0), (True, LEAST_BYTES), (False, 0), (False, 100)]:
+        limit.guess(events, is_certain=is_certain, longest_taken_bytes=longest_taken_bytes)
 
     assert [limit.fitting(event) for event in events] == events
     assert max(map(len, events)) < LEAST_BYTES
@@ -90,10 +90,18 @@ def test_events_that_are_short_are_too_long_for_no_broker(limit, caplog):
     assert "its log may say why" in record.getMessage()
 
 
+def test_of_short_events_the_longest_is_left_out_if_the_broker_says_so_and_has_taken_shorter_ones(limit):
+    events = [text("a", 1), text("a" * 20, 1), text("b", 1)]
+
+    limit.guess(events, is_certain=True, longest_taken_bytes=len(events[0]))
+
+    assert [limit.fitting(event) for event in events] == [events[0], None, events[2]]
+
+
 @pytest.mark.parametrize("is_certain", [True, False])
 def test_a_guess_after_a_closing_without_a_word_is_forgotten(limit, monkeypatch, is_certain):
     whole = text("a", 4, "completed", {"result": LONG})
-    limit.guess([whole], is_certain=is_certain)
+    limit.guess([whole], is_certain=is_certain, longest_taken_bytes=0)
     assert limit.fitting(whole) != whole
 
     later = time.monotonic() + FORGOTTEN_AFTER_S
@@ -139,6 +147,23 @@ def test_a_long_event_stops_no_other(deploy, listen, private_mosquitto, tmp_path
     assert "max_packet_size" in warning
     assert f"127.0.0.1:{broker.port}" in warning
     listener.wait_for_capability(worker_id, idle_count=1)
+
+
+@pytest.mark.slow
+def test_an_event_that_can_not_be_shortened_stops_no_other(deploy, listen, private_mosquitto, worker_id):
+    broker = private_mosquitto("message_size_limit 600")
+    deployment = deploy(broker.port)
+    worker = deployment.start_worker("--concurrency=1", "-Q", "add")
+    listener = listen(broker.port)
+    listener.wait_for_capability(worker_id)
+    listener.wait_for_change(deployment.task.add.delay(1, 2), "completed")
+
+    deployment.task.add.apply_async((1, 2), task_id="a" * 200)
+    job = deployment.task.add.delay(3, 4)
+
+    listener.wait_for_change(job, "completed", 60)
+    assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+    assert "message_size_limit" in one_warning(worker, quiet_s=1)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from db.models import task_logs
 from db.records import Failure, Fence, Status
 from tasks.cli.mqtt_connection import Connection
+from tests.mqtt.judge import Judge
 from tests.mqtt.messages import validate
 from tests.tooling.waiting import eventually
 
@@ -218,6 +219,25 @@ def test_an_event_that_can_not_be_shortened_stops_no_other(tools_for, private_mo
     assert len(listener.events()) == 2
     assert "too long, and so not published: change 1 of aaaaaaaa, 69" in result.stderr
     assert "2 events published to mt/events" in result.stderr
+
+
+@pytest.mark.parametrize("refused", ["first", "middle"])
+def test_an_event_that_the_broker_refuses_stops_no_other(tools_for, private_mosquitto, listen, refused):
+    broker = private_mosquitto()
+    with Judge(broker.port, lambda packet: refused.encode() in packet, 0x99) as judge:
+        tools, listener = tools_for(judge.port), listen(broker.port, prefix="mt")
+        jobs = ["first", "middle", "last"]
+        for job_id in jobs:
+            tools.job(job_id)
+
+        result = tools.mqtt("replay", "--since", "1h", "--json", "--publish")
+
+        assert result.exit_code == 1
+        listener.wait_for_change("last", "queued")
+        assert [event["job_id"] for event in listener.events()] == [job for job in jobs if job != refused]
+        assert f"not published: change 1 of {refused}" in result.stderr
+        assert "Payload format invalid" in result.stderr
+        assert "2 events published to mt/events" in result.stderr
 
 
 def test_a_broker_that_goes_meanwhile_is_said_with_the_event_and_how_to_go_on(
