@@ -43,7 +43,11 @@ class Judge:
                 near, _ = self._server.accept()
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self._far_port))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._far_port))
+            except OSError:  # the broker has ended
+                near.close()
+                continue
             self._sockets += [near, far]
             threading.Thread(target=self._pass_on, args=(near, far, True), daemon=True).start()
             threading.Thread(target=self._pass_on, args=(far, near, False), daemon=True).start()

@@ -11,7 +11,7 @@ from tasks.sinks.limit import FORGOTTEN_AFTER_S, LEAST_BYTES, Limit
 from tests.mqtt.road import Road
 from tests.mqtt.said import one_warning
 from tests.mqtt.tools import event
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 
 LONG = "x" * 20_000
 
@@ -164,6 +164,8 @@ def test_an_event_that_can_not_be_shortened_stops_no_other(deploy, listen, priva
     listener.wait_for_change(job, "completed", 60)
     assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
     assert "message_size_limit" in one_warning(worker, quiet_s=1)
+    heard = len(listener.events())
+    stays(lambda: len(listener.events()) == heard, 6, lambda: f"nothing is told again: {listener.events()[heard:]}")
 
 
 @pytest.mark.slow
