@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TEXTS: Final = ("root_id", "parent_id", "group")
+_CANVAS: Final = ("callbacks", "errbacks", "chain", "chord")
 _LEAST: Final = {"publication": 1, "retries": 0, "group_index": 0}
 
 
@@ -161,6 +162,9 @@ def fault_in(message: Any) -> str | None:
     args, kwargs, embed = arguments
     if not (isinstance(args, list) and isinstance(kwargs, Mapping) and isinstance(embed, Mapping | None)):
         return "its body does not hold args, kwargs and options"
+    for name in _CANVAS:
+        if not _are_signatures((embed or {}).get(name), is_one=name == "chord"):
+            return f"its field {name!r} holds no signatures"
     return fault_in_fields(fields)
 
 
@@ -195,6 +199,19 @@ def fault_in_fields(fields: Mapping[str, Any]) -> str | None:
 def _are_limits(value: Any) -> bool:
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     return not value or (is_pair and all(limit is None or is_limit(limit) for limit in value))
+
+
+def _are_signatures(value: Any, *, is_one: bool) -> bool:
+    """Whether Celery can read what follows a job: all of it is JSON of `celery.Signature`, or there is none."""
+    signatures = [value] if is_one else value
+    return not value or (isinstance(signatures, list) and all(map(_is_signature, signatures)))
+
+
+def _is_signature(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    parts = [value.get(name) for name in ("args", "kwargs", "options")]
+    return is_name(value.get("task")) and all(map(isinstance, parts, (list, Mapping, Mapping)))
 
 
 def _are_stamps(names: Any, stamps: Any) -> bool:

@@ -84,8 +84,18 @@ class JobBackend(BaseBackend):
     def tell(self, row: Row) -> None:
         """Tell chord, chain and errbacks of the end of a job whose process died before it had told them all.
 
-        They may hear of it twice: rows and chords take no notice, an errback is called again.
+        They may hear of it twice: rows and chords take no notice, an errback is called again. What no later call could
+        tell either, as the job's message is damaged, is left untold.
         """
+        try:
+            self._tell_again(row)
+        except Exception as exc:
+            if is_transient(exc):
+                raise
+            logger.exception("%s: what waits for its end can't be told of it", row["job_id"])
+        self.app.store.settle(row["job_id"])
+
+    def _tell_again(self, row: Row) -> None:
         request, status = request_of_row(row), Status(row["status"])
         if status is Status.COMPLETED:
             self.on_chord_part_return(request, states.SUCCESS, None, is_again=True)
@@ -98,7 +108,6 @@ class JobBackend(BaseBackend):
             if chord_of_it:
                 request.chord = chord_of_it
                 self.on_chord_part_return(request, STATES[status], exc, is_again=True)
-        self.app.store.settle(row["job_id"])
 
     def _finish(
         self, task_id: str, exc: Any, status: Status, request: Any, traceback: Any = None, call_errbacks: bool = True

@@ -9,6 +9,7 @@ from tasks.consumer import fault_in
 
 HEADERS = {"task": "add", "id": "job-1", "retries": 0, "timelimit": [None, None]}
 BODY = [[1, 2], {}, {"callbacks": None}]
+STEP = {"task": "add", "args": [1], "kwargs": {}, "options": {"task_id": "step-1"}, "subtask_type": None}
 
 
 class Message(SimpleNamespace):
@@ -38,8 +39,10 @@ def message(body=BODY, **headers):
         message(stamped_headers=["trace"], stamps={"trace": 1}),
         message(stamped_headers=[], stamps=None),
         Message(headers={}, body=json.dumps({"task": "add", "id": "job-1", "args": [1], "kwargs": {}})),
+        message([[1], {}, {"callbacks": [STEP], "errbacks": [STEP, STEP], "chain": [STEP], "chord": STEP}]),
+        message([[1], {}, {"callbacks": [], "errbacks": None, "chain": None, "chord": None}]),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_a_task_message_of_any_protocol_has_no_fault(good):
     assert fault_in(good) is None
@@ -81,8 +84,15 @@ def test_a_task_message_of_any_protocol_has_no_fault(good):
         (message(stamped_headers=["trace"], stamps="secret"), "'stamped_headers'"),
         (message({"args": [1], "kwargs": {}, "group_index": 1.5}), "'group_index'"),
         (message({"kwargs": {}}), "body"),
+        (message([[], {}, {"chain": ["secret"]}]), "'chain'"),
+        (message([[], {}, {"chain": "secret"}]), "'chain'"),
+        (message([[], {}, {"chain": [STEP, {"task": "secret"}]}]), "'chain'"),
+        (message([[], {}, {"callbacks": [STEP | {"args": "secret"}]}]), "'callbacks'"),
+        (message([[], {}, {"errbacks": 7}]), "'errbacks'"),
+        (message([[], {}, {"chord": [STEP]}]), "'chord'"),
+        (message([[], {}, {"chord": STEP | {"options": None}}]), "'chord'"),
     ],
-    ids=range(33),
+    ids=range(40),
 )
 def test_any_other_message_has_a_fault_that_is_named_without_its_content(bad, word):
     fault = fault_in(bad)

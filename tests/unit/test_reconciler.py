@@ -325,6 +325,23 @@ def test_a_chord_fails_when_a_member_kills_its_workers(producer, app, reconciler
     assert [producer.row(job)["error_type"] for job in (member, body)] == ["WorkerLost", "ChordError"]
 
 
+@pytest.mark.parametrize("status", [Status.FAILED, Status.COMPLETED])
+def test_an_end_that_can_never_be_told_keeps_no_other_from_being_told(producer, app, reconciler, add, caplog, status):
+    job = add.delay(1, 1)
+    options = {"chain": ["no signature"], "chord": "no signature either"}
+    change(app, job, message={"args": [1, 1], "kwargs": {}, "options": options}, in_chord=True, sequel="pending")
+    if status is Status.COMPLETED:
+        app.store.complete(job.id, claim(app.store, new_job(job.id)).attempt, 2)
+    else:
+        app.store.end(job.id, status, failure())
+    change(app, job, completed_at=now() - LONG_AGO)
+
+    assert mend(reconciler.untold_ends()) == [job.id]
+
+    assert f"{job.id}: what waits for its end can't be told" in caplog.text
+    assert list(reconciler.untold_ends()) == []
+
+
 def test_an_end_that_may_still_be_told_is_left_alone(app, reconciler, add):
     first = chain(add.s(1, 1), add.s(2))().parent
     app.store.end(first.id, Status.FAILED, failure())
