@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 
 
 def put(store, *texts, queue="q", **options):
@@ -63,6 +63,35 @@ def test_weighted_random_gives_a_late_message_the_chance_that_its_priority_has(o
 
     # Uniform on 0..50: the mean of 40 has a deviation of 2.3.
     assert 12 < sum(places) / len(places) < 38
+
+
+def test_weighted_random_gives_no_advantage_to_what_comes_after_a_redelivery(open_store):
+    """A message that is given back stands where it stood: a claim of it does not take the others' time back."""
+    store = open_store(queue_strategy={"*": "WEIGHTED_RANDOM"})
+    places = []
+    for queue in map(str, range(40)):
+        for _ in range(100):
+            store.put([queue], "{}", "early", priority=5)
+        (first,) = store.reserve(queue, "me", 1)
+        store.reserve(queue, "me", 89)
+        store.requeue([first.id], "me")
+        assert [delivery.id for delivery in store.reserve(queue, "me", 1)] == [first.id]
+        store.put([queue], "{}", "late", priority=5)
+        places.append([delivery.body for delivery in store.reserve(queue, "me", 100)].index("late"))
+
+    # Uniform on 0..10: the mean of 40 has a deviation of 0.5.
+    assert 2 < sum(places) / len(places) < 8
+
+
+def test_weighted_random_draws_what_has_no_priority_as_if_it_had_the_lowest(open_store):
+    store = open_store(queue_strategy={"q": "WEIGHTED_RANDOM"})
+    for _ in range(400):
+        store.put(["q"], "{}", "none")
+        store.put(["q"], "{}", "lowest", priority=1)
+
+    first = bodies(store.reserve("q", "me", 400))
+
+    assert 140 <= first.count("none") <= 260  # six sigma of 400 draws with p = 0.5
 
 
 def test_a_star_is_the_strategy_of_all_queues_that_are_not_named(open_store):
@@ -147,6 +176,25 @@ def test_sizes_count_what_is_ready_through_every_change(store, broker_path):
     assert store.size("unknown") is None
 
 
+def test_a_purge_takes_all_that_is_ready_however_much_and_nothing_that_is_reserved(store, monkeypatch):
+    monkeypatch.setattr("tasks.broker.messages._PURGE_BATCH", 3)
+    put(store, *map(str, range(8)))
+    (reserved,) = store.reserve("q", "me", 1)
+
+    assert store.purge("q") == 7
+
+    store.requeue([reserved.id], "me")
+    assert reserve_all(store) == ["0"]
+
+
+def test_who_has_nothing_but_an_exclusive_queue_is_an_owner(store):
+    store.declare("mine", owner="me")
+
+    assert store.owners() == {"me"}
+    store.release("me")
+    assert store.owners() == set()
+
+
 def test_the_store_tells_which_task_ids_it_still_has(store):
     put(store, "ready", correlation_id="a")
     put(store, "reserved", correlation_id="b", priority=9)
@@ -167,6 +215,22 @@ def test_a_message_past_its_time_to_live_is_never_delivered(store):
     assert reserve_all(store, "brief") == []
 
 
+def test_a_message_past_its_time_to_live_stays_with_who_has_reserved_it(store):
+    put(store, "brief", ttl_s=0.05, correlation_id="a")
+    (brief,) = store.reserve("q", "me", 1)
+
+    def others_expire():
+        put(store, "briefer", ttl_s=0.0, correlation_id="b")
+        store.expire()
+        return store.held(["a", "b"]) == {"a"}
+
+    stays(others_expire, 0.2)
+    store.requeue([brief.id], "me")
+
+    store.expire()
+    assert store.held(["a"]) == set()
+
+
 def test_a_queue_expires_when_it_was_unused_for_its_time_but_not_while_somebody_consumes(store):
     store.declare("used", expires_s=0.05)
     store.declare("unused", expires_s=0.05)
@@ -180,6 +244,17 @@ def test_a_queue_expires_when_it_was_unused_for_its_time_but_not_while_somebody_
 
     eventually(expired, 5)
     assert store.sizes() == {"used": 0, "lasting": 0}
+
+
+def test_a_queue_is_unused_from_when_its_last_consumer_leaves(store):
+    store.declare("q", expires_s=1.0)
+    store.add_consumer("q", "me", "tag")
+    stays(lambda: store.sizes() == {"q": 0}, 1.1)
+
+    store.remove_consumer("q", "me", "tag")
+    store.expire()
+
+    assert store.sizes() == {"q": 0}
 
 
 def test_releasing_an_owner_undoes_all_that_it_held(store):
@@ -201,14 +276,16 @@ def test_releasing_an_owner_undoes_all_that_it_held(store):
     assert store.bindings("fan") == []
 
 
-def test_a_deleted_queue_takes_reserved_messages_with_it(store):
+def test_a_deleted_queue_takes_reserved_messages_and_consumers_with_it(store):
     put(store, "reserved", "ready")
     (delivery,) = store.reserve("q", "me", 1)
+    store.add_consumer("q", "other", "tag")
 
     store.delete("q")
     store.requeue([delivery.id], "me")
 
     assert store.sizes() == {}
+    assert store.owners() == set()
     assert reserve_all(store) == []
 
 

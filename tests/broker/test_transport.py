@@ -101,6 +101,19 @@ def test_no_more_than_the_prefetch_count_is_handed_over(connect):
     assert bodies(received) == [0, 1, 2]
 
 
+def test_the_prefetch_count_is_that_of_all_queues_of_a_channel_together(connect):
+    connection = connect()
+    queues = [kombu.Queue(name, routing_key=name) for name in ("a", "b", "c")]
+    for queue in queues:
+        publish(connection, *[queue.name] * 3, queue=queue)
+    received = []
+
+    with kombu.Consumer(connection.channel(), queues, on_message=received.append, prefetch_count=4):
+        drain(connection)
+
+        assert len(received) == 4
+
+
 def test_a_requeued_message_comes_again_and_says_so(connect):
     connection = connect()
     publish(connection, "one")
@@ -171,6 +184,39 @@ def test_bindings_outlive_the_connection_that_made_them(connect):
     drain(third)
 
     assert bodies(received) == ["x"]
+
+
+def test_an_exchange_is_deleted_with_its_bindings_and_may_become_another(connect):
+    connection = connect()
+    channel = connection.channel()
+    queue = kombu.Queue("news", kombu.Exchange("news", type="fanout"))(channel)
+    queue.declare()
+    kombu.Exchange("news", type="fanout")(channel).delete()
+
+    other = kombu.Exchange("news", type="topic")(channel)
+    other.declare()
+    kombu.Producer(channel, other).publish("x", routing_key="any")
+
+    assert queue.get() is None
+    assert channel.get_table("news") == []
+
+
+def test_a_queue_is_deleted_only_as_it_was_asked_for(connect):
+    connection, other = connect(), connect()
+    queue = QUEUE(other.channel())
+    publish(connection, "one")
+
+    queue.delete(if_empty=True)
+    assert queue.queue_declare(passive=True).message_count == 1
+    consumer, _ = consume(connection)
+    drain(connection)
+    queue.delete(if_unused=True)
+    assert queue.queue_declare(passive=True).consumer_count == 1
+    consumer.cancel()
+    queue.delete(if_empty=True, if_unused=True)
+
+    with pytest.raises(ChannelError, match="NOT_FOUND"):
+        queue.queue_declare(passive=True)
 
 
 def test_an_exclusive_queue_is_refused_to_others_and_goes_with_its_connection(connect):
@@ -262,6 +308,60 @@ def test_acknowledgements_in_an_event_loop_are_settled_when_the_connection_close
 
     assert store.sizes()["q"] == 1
     assert store.owners() == set()
+
+
+@pytest.fixture
+def turn():
+    """`turn(connection)` has it in an event loop; `turn()` runs that until nothing more happens."""
+    hub = Hub()
+    hub.call_repeatedly(0.1, lambda: None)  # else a turn would wait for the next poll
+
+    def turn(connection=None):
+        if connection is not None:
+            connection.register_with_event_loop(hub)
+        for _ in range(10):
+            hub.run_once()
+
+    yield turn
+    hub.close()
+
+
+@pytest.mark.parametrize(("number", "no_ack"), [(5, True), (150, False)], ids=["without ack", "without a limit"])
+def test_in_an_event_loop_all_messages_come_before_the_next_poll(connect, turn, number, no_ack):
+    connection = connect(poll_interval=60)
+    publish(connection, *range(number))
+    _, received = consume(connection, ack=False, no_ack=no_ack)
+
+    turn(connection)
+
+    assert bodies(received) == list(range(number))
+    connection.release()
+
+
+def test_in_an_event_loop_a_new_consumer_gets_what_is_there_before_the_next_poll(connect, turn):
+    connection = connect(poll_interval=60)
+    publish(connection, "one")
+    turn(connection)
+
+    _, received = consume(connection)
+    turn()
+
+    assert bodies(received) == ["one"]
+    connection.release()
+
+
+def test_in_an_event_loop_a_higher_limit_takes_effect_before_the_next_poll(connect, turn):
+    connection = connect(poll_interval=60)
+    publish(connection, "one", "two", "three")
+    consumer, received = consume(connection, ack=False, prefetch_count=1)
+    turn(connection)
+    assert bodies(received) == ["one"]
+
+    consumer.qos(prefetch_count=3)
+    turn()
+
+    assert bodies(received) == ["one", "two", "three"]
+    connection.release()
 
 
 def test_a_producer_goes_on_with_the_new_file_when_the_old_one_was_removed(connect, broker_path):
