@@ -37,6 +37,8 @@ def test_a_killed_pool_child_costs_one_attempt_and_nothing_else(own, task, tmp_p
     assert own.events(job) == TAKEN_OVER
     row = own.row(job)
     assert (row["attempt"], row["deaths"], row["publication"], row["retry_count"]) == (3, 1, 2, 0)
+    (lost,) = [log for log in own.app.store.logs(job.id) if log["event_type"] == "lost"]
+    assert lost["message"] == "its process died"  # its own main process has seen it
     neighbour.get(**GET)
     assert own.events(neighbour) == COMPLETED
     assert lines(tmp_path / "neighbour") == ["begin neighbour", "end neighbour"]

@@ -429,7 +429,6 @@ class TestMqttBrokerDownSlowOrWrongPassword:
         assert "hunter2" not in worker.log()
 
 
-@pytest.mark.parametrize("broker", ["embedded"], indirect=True)
 class TestDiskFull:
     def test_it_is_retried_and_works_once_there_is_space(self, small_disk, own, task, tmp_path):
         own.start_worker("--concurrency=1")
@@ -447,6 +446,7 @@ class TestDiskFull:
         assert job.get(**GET)["width"] == 800
         assert own.row(job)["error_type"] is None
 
+    @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
     def test_it_fails_with_the_path_after_three_attempts(self, small_disk, own, task, tmp_path):
         own.start_worker("--concurrency=1")
         pyvips.Image.gaussnoise(2000, 2000).cast("uchar").pngsave(str(tmp_path / "in.png"))

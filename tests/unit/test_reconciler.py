@@ -396,3 +396,18 @@ def test_what_ended_longer_ago_than_the_retention_is_removed_and_nothing_else(pr
     assert app.store.job(old.id) is None
     assert app.store.logs(old.id) == []
     assert [producer.row(job)["status"] for job in (recent, waiting)] == ["completed", "queued"]
+
+
+def test_what_has_become_too_old_is_removed_within_an_hour(app, reconciler, clock, add):
+    job = add.delay(1, 1)
+    app.store.complete(job.id, claim(app.store, new_job(job.id)).attempt, 1)
+    app.store.forget_lease("lease of w1")
+    reconciler.round()
+    change(app, job, completed_at=now() - timedelta(days=31), created_at=now() - timedelta(days=31))
+
+    reconciler.round()
+    assert app.store.job(job.id) is not None  # it does not look at each round
+    clock.pass_s(3600)
+    reconciler.round()
+
+    assert app.store.job(job.id) is None

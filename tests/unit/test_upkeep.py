@@ -152,6 +152,18 @@ def test_who_is_stuck_in_its_housework_loses_the_duty_and_goes_on_without_it(app
     assert done == [1]
 
 
+def test_the_reconciler_comes_every_lease_renewal_and_not_every_round(app, upkeep, clock, monkeypatch):
+    looks = []
+    monkeypatch.setattr(upkeep._reconciler, "round", looks.append)
+
+    for _ in range(10):
+        assert upkeep.reconcile() == ROUND_S
+        clock.pass_s(ROUND_S)
+
+    assert app.settings.lease_renew_s == 5
+    assert len(looks) == 2
+
+
 def test_what_the_reconciler_has_mended_wakes_the_dispatcher(app, add, upkeep):
     job = add.delay(1, 1)
     reconcile(upkeep)
