@@ -193,7 +193,8 @@ class Channel(virtual.Channel):
         arguments: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if self.connection.is_foreign(self._store.exclusive_owner(queue)):
+        owner = self._store.exclusive_owner(queue)
+        if self.connection.is_foreign(owner):
             message = f"RESOURCE_LOCKED - queue {queue!r} is exclusive to another connection"
             raise ChannelError(message, (50, 10), "Channel.queue_declare", 405)
         arguments = arguments or {}

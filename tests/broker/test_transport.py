@@ -1,9 +1,12 @@
 """What kombu's users see: routing, acknowledgement, redelivery, several connections and processes at once."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import kombu
@@ -11,7 +14,7 @@ import pytest
 from kombu.asynchronous.hub import Hub
 from kombu.exceptions import ChannelError
 
-from tasks.broker.errors import BrokerReplaced, BrokerUnusable
+from tasks.broker.errors import BrokerReplaced, BrokerUnavailable, BrokerUnusable
 from tasks.broker.lease import is_held
 from tests.tooling.waiting import eventually
 
@@ -288,10 +291,38 @@ def test_a_sleeping_consumer_is_woken_long_before_its_poll(connect):
     timer = threading.Timer(0.2, publish, [publisher, "wake up"])
     timer.start()
 
+    began = time.monotonic()
     sleeper.drain_events(timeout=30)
 
     assert bodies(received) == ["wake up"]
+    assert time.monotonic() - began < 15
     timer.join()
+
+
+def test_who_leaves_wakes_others_for_what_it_held(connect):
+    leaving, sleeper = connect(), connect(poll_interval=60)
+    publish(leaving, "one")
+    consume(leaving, ack=False)
+    drain(leaving)
+    _, received = consume(sleeper)
+    drain(sleeper)
+    timer = threading.Timer(0.2, leaving.release)
+    timer.start()
+
+    began = time.monotonic()
+    sleeper.drain_events(timeout=30)
+
+    assert bodies(received) == ["one"]
+    assert time.monotonic() - began < 15
+    timer.join()
+
+
+def test_a_closed_channel_says_so(connect):
+    channel = connect().channel()
+    channel.close()
+
+    with pytest.raises(BrokerUnavailable, match="this channel is closed, since its connection was lost"):
+        channel.queue_declare("q")
 
 
 def test_acknowledgements_in_an_event_loop_are_settled_when_the_connection_closes(connect, store):
@@ -364,6 +395,24 @@ def test_in_an_event_loop_a_higher_limit_takes_effect_before_the_next_poll(conne
     connection.release()
 
 
+def test_an_acknowledgement_in_an_event_loop_waits_for_a_locked_file(connect, store, broker_path, turn):
+    connection = connect(poll_interval=0.1, busy_timeout=0.05)
+    publish(connection, "one", correlation_id="a")
+    _, received = consume(connection, ack=False)
+    turn(connection)
+
+    with closing(sqlite3.connect(broker_path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        received[0].ack()
+        turn()
+        other.execute("ROLLBACK")
+    assert store.held(["a"]) == {"a"}
+    turn()
+
+    assert store.held(["a"]) == set()
+    connection.release()
+
+
 def test_a_producer_goes_on_with_the_new_file_when_the_old_one_was_removed(connect, broker_path):
     connection = connect()
     publish(connection, "lost")
@@ -409,6 +458,28 @@ def test_what_a_killed_process_held_comes_back_within_a_poll_and_its_traces_vani
     assert not [path for path in directory.iterdir() if path.name.startswith(owner)]
 
 
+def test_who_finds_a_dead_process_wakes_others_for_what_it_held(connect, broker_path):
+    publish(connect(), "one")
+    command = [sys.executable, "-c", HOLD_ONE, f"sqlite:///{broker_path}"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    holder.stdout.close()
+    sleeper, finder = connect(poll_interval=60), connect()
+    _, received = consume(sleeper)
+    drain(sleeper)
+    holder.kill()
+    holder.wait()
+    timer = threading.Timer(0.2, consume, [finder, kombu.Queue("other", routing_key="other")])
+    timer.start()
+
+    began = time.monotonic()
+    sleeper.drain_events(timeout=30)
+
+    assert bodies(received) == ["one"]
+    assert time.monotonic() - began < 15
+    timer.join()
+
+
 def test_traces_of_a_killed_process_that_held_nothing_vanish_too(connect, broker_path):
     code = "import sys; from pathlib import Path; from tasks.broker.lease import Lease; Lease(Path(sys.argv[1]))"
     directory = broker_path.with_name("broker.db.own")
@@ -418,6 +489,20 @@ def test_traces_of_a_killed_process_that_held_nothing_vanish_too(connect, broker
     connection = connect()
     consume(connection)
     assert {path.stem for path in directory.iterdir()} == {connection.transport.owner}
+
+
+def test_a_process_that_is_just_taking_its_lease_is_not_taken_for_dead(connect, broker_path, monkeypatch):
+    """Its file gets its name when it is locked: who asks for that name before, and removes it after, would harm it."""
+    directory = broker_path.with_name("broker.db.own")
+    directory.mkdir()
+    (directory / "beginning.new").touch()
+    asked = []
+    monkeypatch.setattr("tasks.broker.transport.is_held", lambda path: asked.append(path.name) or False)
+
+    consume(connect())
+
+    assert "beginning" not in asked
+    assert (directory / "beginning.new").exists()
 
 
 @pytest.mark.parametrize("suffix", ["", ".wake"])
