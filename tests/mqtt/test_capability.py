@@ -12,7 +12,7 @@ import pytest
 from tasks import control
 from tests.acceptance.deployment import install_entry_point
 from tests.mqtt.listener import SILENT_FOR_S
-from tests.tooling.waiting import eventually
+from tests.tooling.waiting import eventually, stays
 from tests.tooling.worker import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -227,7 +227,8 @@ def test_the_will_clears_it_within_a_second_of_kill_9(deployment, listener, list
 
     assert gone.at - killed_at < 1
     print(f"the will came {(gone.at - killed_at) * 1000:.0f} ms after kill -9")
-    assert listen(mosquitto.port).capability(worker_id) is None
+    late = listen(mosquitto.port)
+    stays(lambda: late.capability(worker_id) is None, 1)
 
 
 def test_children_that_were_forked_later_do_not_keep_the_will_from_firing(deployment, listener, worker_id, tmp_path):
