@@ -59,11 +59,12 @@ def _moment(at: datetime) -> str:
 
 
 def _offset(seconds: float) -> str:
-    """`+0.012 s`, then `+2:03`, `+1:02:03`, `+3d 1:02:03`."""
+    """`+0.012 s`, then `+2:03`, `+1:02:03`, `+3d 1:02:03`; with a minus where the clocks of two hosts differ so."""
     if abs(seconds) < 60:
         return f"{seconds:+.3f} s"
-    minutes, rest_s = divmod(int(seconds), 60)
+    sign = "-" if seconds < 0 else "+"
+    minutes, rest_s = divmod(int(abs(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     day = f"{days}d " if days else ""
-    return f"+{day}{hours}:{minutes:02}:{rest_s:02}" if days or hours else f"+{minutes}:{rest_s:02}"
+    return f"{sign}{day}{hours}:{minutes:02}:{rest_s:02}" if days or hours else f"{sign}{minutes}:{rest_s:02}"

@@ -5,7 +5,9 @@ import re
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
+from db.models import task_logs
 from db.records import now
 from tasks.cli.jobs import jobs
 from tests.tooling.waiting import eventually
@@ -22,6 +24,32 @@ def explained(commands, job_id=ID):
 def waits(commands, job_id=ID):
     """The reasons of the last lines."""
     return [line.split("  waits    ")[1] for line in explained(commands, job_id) if "  waits    " in line]
+
+
+@pytest.mark.parametrize(
+    ("since", "shown"),
+    [
+        ({"seconds": 0.0123}, "+0.012 s"),
+        ({"seconds": -59}, "-59.000 s"),
+        ({"minutes": 2, "seconds": 3}, "+2:03"),
+        ({"minutes": -1, "seconds": -15}, "-1:15"),
+        ({"hours": 1, "minutes": 2, "seconds": 3}, "+1:02:03"),
+        ({"days": 3, "hours": 1, "minutes": 2, "seconds": 3}, "+3d 1:02:03"),
+        ({"days": -3}, "-3d 0:00:00"),
+    ],
+)
+def test_a_change_says_how_long_after_the_jobs_creation_it_came_and_before_it_where_clocks_differ(
+    commands, since, shown
+):
+    commands.job(ID)
+    with commands.store.database.transaction() as connection:
+        connection.execute(
+            update(task_logs).values(created_at=commands.store.job(ID)["created_at"] + timedelta(**since))
+        )
+
+    created = next(line for line in explained(commands) if "  created" in line)
+
+    assert f" {shown}  created" in created
 
 
 # One that waits
