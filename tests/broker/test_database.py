@@ -257,9 +257,14 @@ def test_many_processes_that_open_a_new_file_at_once_all_succeed(broker_path):
 
 def test_what_went_wrong_is_told_where_sqlite_has_rolled_back_by_itself(store):
     """As it does when the disk is full, sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction."""
-    with pytest.raises(ZeroDivisionError), store.transaction() as db:
-        db.execute("ROLLBACK")
-        raise ZeroDivisionError
+
+    def fail():
+        with store.transaction() as db:
+            db.execute("ROLLBACK")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     store.put(["q"], "{}", "goes on")
 
     assert store.sizes() == {"q": 1}

@@ -1,5 +1,6 @@
 """A lease says whether its holder lives, whatever the holder's death looked like."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -66,3 +67,16 @@ def test_a_forked_child_does_not_keep_a_dead_parents_lease(tmp_path):
         eventually(lambda: not is_held(path), 2)
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_lease_is_kept_where_a_full_disk_takes_no_note_of_it(tmp_path, monkeypatch):
+    lease = Lease(tmp_path)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    lease.touch()
+
+    assert is_held(lease.path)
+    lease.release()

@@ -1,5 +1,6 @@
 """A consumer that waits learns of a message at once, and loses nothing when it does not."""
 
+import os
 import threading
 import time
 
@@ -42,4 +43,18 @@ def test_a_wake_up_before_the_wait_is_not_lost_and_counts_once(inbox):
 def test_a_full_or_missing_inbox_is_no_error(inbox, tmp_path):
     for _ in range(2000):
         wake([inbox._path, tmp_path / "gone.wake"])
+    assert waited_s(inbox, 20) < 10
+
+
+def test_a_forked_child_that_closes_it_leaves_it_to_its_parent(inbox):
+    pid = os.fork()
+    if not pid:
+        try:
+            inbox.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+    wake([inbox._path])
     assert waited_s(inbox, 20) < 10

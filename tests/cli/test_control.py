@@ -118,12 +118,13 @@ def test_retry_leaves_cancelled_jobs_to_replay(commands):
     assert status(commands, "aaaa") == "cancelled"
 
 
-def test_a_remark_says_why_a_job_that_is_due_will_wait(commands, failed):
+@pytest.mark.parametrize("command", ["retry", "replay"])
+def test_a_remark_says_why_a_job_that_is_due_will_wait(commands, failed, command):
     failed("aaaa")
     failed("bbbb", queue="image_conversion")
     commands.store.pause("image_conversion")
 
-    result = commands.run(jobs, "retry", "aaaa", "bbbb")
+    result = commands.run(jobs, command, "aaaa", "bbbb")
 
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
@@ -162,6 +163,8 @@ def test_failed_takes_the_newest_of_a_capability_and_says_if_there_are_more(comm
     assert result.stderr == "only the newest 2; there are more: repeat it, or give --limit\n"
     assert [status(commands, f"resize-{number}") for number in range(3)] == ["failed", "queued", "queued"]
     assert status(commands, "conversion") == "failed"
+    rest = commands.run(jobs, "replay", "--failed", "--task", "image_resize", "--limit", "1")
+    assert (rest.stdout, rest.stderr) == ("resize-0: queued again; it was failed\n", "")
 
 
 def test_failed_leaves_jobs_alone_that_failed_with_the_one_they_wait_for(commands, failed):

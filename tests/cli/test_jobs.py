@@ -2,13 +2,14 @@
 
 import json
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 
 from db.records import Failure, Fence, Status, now
 from tasks.cli.jobs import jobs
+from tasks.cli.text import clock
 from tasks.errors import CorruptMedia
 from tests.unit.jobs import change
 
@@ -290,3 +291,10 @@ def test_what_a_file_name_holds_cannot_steer_the_terminal_nor_pass_for_markup(co
     for text in ("\n".join(listed), shown):
         assert r"CorruptMedia: [red]a\nb\x1b[2J\udcff.jpg[/] can't be decoded" in text
         assert "\x1b" not in text
+
+
+def test_a_time_of_another_day_has_its_date():
+    today = datetime.now().astimezone()
+    before = today - timedelta(days=2)
+
+    assert (clock(today), clock(before)) == (f"{today:%H:%M:%S}", f"{before:%m-%d %H:%M}")

@@ -91,6 +91,15 @@ def test_resume_says_what_goes_on_and_may_be_repeated(commands):
     assert (second.exit_code, second.stdout) == (0, "image_resize: was not paused; 1 job queued\n")
 
 
+def test_resume_of_a_queue_that_nobody_serves_says_so(commands):
+    commands.store.pause("image_resize")
+
+    result = commands.run(queues, "resume", "image_resize")
+
+    served = "no live worker serves it: celery -A tasks worker -Q image_resize"
+    assert result.stdout == f"image_resize: resumed; 0 jobs queued, and {served}\n"
+
+
 def test_purge_cancels_nothing_unasked_where_nobody_can_answer(celery, photo):
     job_id = celery("submit", "image_resize", photo, "out.webp", "--width", 80).stdout.strip()
 

@@ -129,7 +129,8 @@ def test_large_results_cost_no_memory_while_the_broker_is_away(
 
 
 @pytest.mark.parametrize(
-    "obstacle", ["closed port", "wrong password", "wrong certificate", "slow road", "slow road and any number at a time"]
+    "obstacle",
+    ["closed port", "wrong password", "wrong certificate", "slow road", "slow road, any number at a time"],
 )
 def test_large_results_cost_no_memory_while_the_broker_is_hard_to_reach(
     deploy, private_mosquitto, certificates, obstacle
@@ -148,7 +149,7 @@ def test_large_results_cost_no_memory_while_the_broker_is_hard_to_reach(
                 tls = {"MQTT_USE_TLS": "on", "MQTT_CA_CERT": certificates / "another.pem"}
             case "slow road":
                 port = stack.enter_context(Road(private_mosquitto().port, bytes_per_s=200_000)).port
-            case "slow road and any number at a time":
+            case "slow road, any number at a time":
                 broker = private_mosquitto("max_inflight_messages 0")
                 port = stack.enter_context(Road(broker.port, bytes_per_s=200_000)).port
         deployment = deploy(port, MQTT_USERNAME="worker", MQTT_PASSWORD="hunter2-wrong", **tls)
