@@ -47,7 +47,10 @@ class Housework:
     def round(self) -> float:
         """Do it, if this is the worker; seconds until the next round."""
         self.goes_on()
-        return self._call() if self.duty.is_held() else ROUND_S
+        try:
+            return self._call() if self.duty.is_held() else ROUND_S
+        finally:
+            self._went_on_at = math.inf  # it waits, however long that is beside LEASE_TIMEOUT_S
 
     def goes_on(self) -> None:
         """Called between two steps of what may take long."""

@@ -164,6 +164,17 @@ def test_the_reconciler_comes_every_lease_renewal_and_not_every_round(app, upkee
     assert len(looks) == 2
 
 
+def test_who_waits_for_the_next_round_is_not_stuck(app, upkeep, clock, caplog):
+    work = Housework(Duty(app, "reconciler"), lambda: ROUND_S)
+    work.round()
+
+    clock.pass_s(ROUND_S)
+    work.leave_if_stuck(1.0)  # LEASE_TIMEOUT_S may be as short
+
+    assert "stuck" not in caplog.text
+    assert app.store.duty_holder("reconciler") == app.lease
+
+
 def test_what_the_reconciler_has_mended_wakes_the_dispatcher(app, add, upkeep):
     job = add.delay(1, 1)
     reconcile(upkeep)
