@@ -21,6 +21,7 @@ from tasks.values import moment_of
 PRIORITY_DEFAULT: Final = 5
 PRIORITIES: Final = range(1, 11)
 MESSAGE_LIMIT: Final = 4000
+LARGEST: Final = 2**63 - 1
 STATES: Final = {
     Status.QUEUED: states.PENDING,
     Status.CLAIMED: states.RECEIVED,
@@ -104,6 +105,8 @@ def require_json(result: Any) -> None:
     """
     if fault := json_fault(result):
         raise EncodeError(f"the result is no JSON: {fault}")
+    if isinstance(result, int) and abs(result) > LARGEST:
+        raise EncodeError("the result is a number of more than 64 bits, which SQLite would round; return it in a dict")
 
 
 def parameters_of(task: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,18 +158,27 @@ def request_of_row(row: Mapping[str, Any], publication: int | None = None) -> Co
 
 def describe(exc: Any, traceback: Any = None) -> Failure:
     """What the row says of an error: its type, its message (the log keeps a bug's traceback), never a secret."""
+    message = _text_of(exc)[:MESSAGE_LIMIT]
     if not isinstance(exc, BaseException):
-        return Failure(error_type="Exception", error_message=str(exc)[:MESSAGE_LIMIT], error_module="builtins")
+        return Failure(error_type="Exception", error_message=message, error_module="builtins")
     details = None
     if not isinstance(exc, (PermanentError, TaskRevokedError, ChordError)):
         text = traceback if isinstance(traceback, str) else "".join(format_exception(exc))
         details = {"traceback": text[-MESSAGE_LIMIT:]}
     return Failure(
         error_type=type(exc).__name__,
-        error_message=str(exc)[:MESSAGE_LIMIT],
+        error_message=message,
         error_module=type(exc).__module__,
         details=details,
     )
+
+
+def _text_of(exc: Any) -> str:
+    """What an error says, whatever its class makes of that."""
+    try:
+        return str(exc)
+    except Exception as unsaid:
+        return f"it can't be printed: {type(unsaid).__name__}"
 
 
 def meta_of(task_id: str, row: Any) -> dict[str, Any]:

@@ -30,6 +30,21 @@ def test_a_transient_error_lets_the_job_rest_until_its_retry(producer, task, tmp
     assert messages(producer, "recover") == []
 
 
+def test_a_transient_error_that_cannot_be_printed_lets_the_job_rest_until_its_retry(producer, add, monkeypatch):
+    class Mute(ConnectionError):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    def body(x, y):
+        raise Mute
+
+    monkeypatch.setattr(add, "run", body)
+    job = add.delay(1, 1)
+
+    assert run(add, job.id, 1, 1, publication=1) == "RETRY"
+    assert (producer.row(job)["status"], producer.row(job)["error_type"]) == ("queued", "Mute")
+
+
 def test_a_transient_error_of_the_last_attempt_fails_the_job_with_it(producer, task, tmp_path):
     job = task.recover.delay(str(tmp_path / "runs"))
 

@@ -35,11 +35,11 @@ def end(store, job, status, exc, attempt=None):
     assert store.end(job.job_id, status, describe(exc), fence=Fence(attempt=attempt))
 
 
-@pytest.mark.parametrize("value", [float("nan"), [float("inf")], {1, 2}], ids=repr)
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")], {1, 2}, 2**63, -(2**70)], ids=repr)
 def test_a_result_that_no_database_holds_is_not_written(producer, store, job, value):
     attempt = claim(store, job).attempt
 
-    with pytest.raises(EncodeError, match="the result is no JSON"):
+    with pytest.raises(EncodeError, match=r"the result is (no JSON|a number)"):
         producer.app.backend.mark_as_done("job-1", value, Context(id="job-1", task="add", attempt=attempt))
 
     assert store.job("job-1")["status"] == "running"
@@ -192,6 +192,16 @@ def test_a_saved_group_can_be_restored_and_deleted(producer):
 def test_an_error_is_described_without_a_traceback_if_it_is_no_bug():
     assert describe(LimitExceeded("too large")).details is None
     assert "traceback" in describe(ValueError("a bug")).details
+
+
+def test_an_error_that_cannot_be_printed_is_described():
+    class Mute(ValueError):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    described = describe(Mute())
+
+    assert (described.error_type, described.error_message) == ("Mute", "it can't be printed: RuntimeError")
 
 
 def test_a_long_message_is_cut():
