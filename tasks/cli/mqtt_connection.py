@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
+from uuid import uuid4
 
 import click
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 ANSWER_WITHIN_S: Final = 5.0
 QUIET_S: Final = 0.2
+# https://docs.oasis-open.org/mqtt/mqtt/v5.0/os/mqtt-v5.0-os.html, 3.1.3.1
+LONGEST_ID_OF_ANY_BROKER: Final = 23
 
 
 class Unreachable(click.ClickException):
@@ -46,7 +49,7 @@ class Connection:
     """A client of MQTT 5, connected from `with` on. Nothing happens but inside its methods.
 
     Args:
-        client_id: Empty: the broker chooses one.
+        client_id: Empty: one that nobody else has, and any broker takes; not all choose one for a client without.
         will_topic: Where the broker publishes `will` if this client vanishes.
     """
 
@@ -59,7 +62,7 @@ class Connection:
         self.address: Final = trouble.address(settings)
         self.answer_within_s = ANSWER_WITHIN_S
         self._settings = settings
-        self._client = new_client(settings, client_id)
+        self._client = new_client(settings, client_id or uuid4().hex[:LONGEST_ID_OF_ANY_BROKER])
         self._client.connect_timeout = ANSWER_WITHIN_S
         if will_topic is not None:
             self._client.will_set(will_topic, will, qos=1)

@@ -52,3 +52,11 @@ def test_a_command_that_is_none_is_said(tools):
 
     assert result.exit_code == 2
     assert "No such command 'wacth'" in result.stderr
+
+
+def test_a_broker_that_chooses_no_client_ids_takes_them(tools_for, private_mosquitto):
+    tools = tools_for(private_mosquitto("allow_zero_length_clientid false").port)
+
+    for args in (["workers"], ["cleanup", "inference/#"], ["watch", "--timeout", "0.5"]):
+        result = tools.mqtt(*args)
+        assert result.exit_code == 0, result.output
