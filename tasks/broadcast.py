@@ -42,7 +42,7 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._has_begun = False
         worker.broadcast = self
 
-    def start(self, worker: Any) -> None:  # noqa: ARG002 (Celery's signature)
+    def start(self, worker: Any) -> None:
         from tasks.sinks.mqtt import MqttSink  # now that the pool has forked: its children need no MQTT client
 
         self._stopping = threading.Event()
@@ -51,7 +51,9 @@ class Broadcast(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         # A holder that is stopped (SIGSTOP) keeps its lock, and counts as dead only after a minute, since its jobs must
         # not run twice. Events may be told twice: the holder, when it goes on, finds before it reads on that the duty
         # has moved, and until it does the events wait in the table.
-        self._relay = Relay(self._app, self._sink, Duty(self._app, DUTY, passes_from_silent=True))
+        duty = Duty(self._app, DUTY, passes_from_silent=True)
+        self._relay = Relay(self._app, self._sink, duty)
+        worker.upkeep.watch(duty)
         self._is_silent = False
         self._begin()
         self._sink.start()

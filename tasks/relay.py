@@ -115,6 +115,10 @@ class Relay:
         """Tell what there is to tell; when to come again. Raises what the store raises: the next round makes up for it,
         and may tell again what it has told.
         """
+        with self._duty.round():
+            return self._round()
+
+    def _round(self) -> Pause:
         self.begin()
         if not self._sink.is_open:
             self.leave()

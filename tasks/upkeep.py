@@ -6,7 +6,6 @@ tables reconciled. A round that fails (the database does not answer) is said onc
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -35,33 +34,16 @@ LOOK_FOR_DEAD_CHILDREN_S: Final = 0.25
 
 
 class Housework:
-    """What one worker does for all, in a thread of its own. Who is stuck in it loses the duty, and finds that out when
-    it goes on: all that is done here is fenced.
-    """
+    """What one worker does for all, in a thread of its own."""
 
     def __init__(self, duty: Duty, call: Callable[[], float]) -> None:
         self.duty: Final = duty
         self._call: Final = call
-        self._went_on_at = math.inf
 
     def round(self) -> float:
         """Do it, if this is the worker; seconds until the next round."""
-        self.goes_on()
-        try:
+        with self.duty.round():
             return self._call() if self.duty.is_held() else ROUND_S
-        finally:
-            self._went_on_at = math.inf  # it waits, however long that is beside LEASE_TIMEOUT_S
-
-    def goes_on(self) -> None:
-        """Called between two steps of what may take long."""
-        self._went_on_at = time.monotonic()
-
-    def leave_if_stuck(self, after_s: float) -> None:
-        """Called by another thread: a disk or a server that does not answer may hold this one for ever."""
-        if time.monotonic() - self._went_on_at > after_s:
-            logger.warning("the %s has been stuck for %.0f s; another worker takes over", self.duty.name, after_s)
-            self.duty.leave()  # what the database does not take now is tried again
-            self._went_on_at = math.inf
 
 
 class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
@@ -84,6 +66,7 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
             name: Housework(Duty(worker.app, name), call)
             for name, call in {"dispatcher": self.dispatch, "reconciler": self.reconcile}.items()
         }
+        self._watched: Final = [work.duty for work in self._housework.values()]
         # A thread each: a broker or a disk that does not answer must not keep the lease from being renewed, nor what is
         # due from being published.
         rounds = {"upkeep": self.round} | {name: work.round for name, work in self._housework.items()}
@@ -133,6 +116,10 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._beat_due = 0.0
         self._wakes["upkeep"].set()
 
+    def watch(self, duty: Duty) -> None:
+        """Leave this duty, too, when who has it is stuck."""
+        self._watched.append(duty)
+
     def drain(self) -> None:
         """The worker takes no more jobs; it is shown at once."""
         self._heartbeat.status = WorkerStatus.DRAINING
@@ -178,21 +165,21 @@ class Upkeep(bootsteps.StartStopStep):  # type: ignore[misc, unused-ignore]
         self._stop_cancelled()
         self._notice_ends()
         self._keep_pauses()
-        for work in self._housework.values():
-            work.leave_if_stuck(self._app.settings.lease_timeout_s)
+        for duty in self._watched:
+            duty.leave_if_stuck(self._app.settings.lease_timeout_s)
         return ROUND_S
 
     def reconcile(self) -> float:
         """Mend what disagrees, every LEASE_RENEW_S; seconds until the next round."""
         if time.monotonic() >= self._reconcile_due:
             self._reconcile_due = time.monotonic() + self._app.settings.lease_renew_s
-            if self._reconciler.round(self._housework["reconciler"].goes_on):
+            if self._reconciler.round(self._housework["reconciler"].duty.goes_on):
                 self._wakes["dispatcher"].set()  # what was closed or lost is due now
         return ROUND_S
 
     def dispatch(self) -> float:
         """Publish what is due; seconds until the next round."""
-        wait_s = self._dispatcher.round(self._housework["dispatcher"].goes_on)
+        wait_s = self._dispatcher.round(self._housework["dispatcher"].duty.goes_on)
         if self._dispatcher.is_broker_away:
             self._housework["dispatcher"].duty.leave()
             return 2 * ROUND_S  # so that a worker which reaches the broker gets it

@@ -1,6 +1,9 @@
 """Events where the job table is PostgreSQL and the messages are RabbitMQ's or Redis': as on the embedded broker."""
 
+import os
+import signal
 import time
+from collections import defaultdict
 
 import pytest
 
@@ -91,3 +94,41 @@ def test_where_only_the_relays_way_to_mqtt_is_lost_another_worker_tells(
         for job in jobs:
             listener.wait_for_change(job, "completed")
             assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
+
+
+def backend_of_the_relay(server):
+    """The process of PostgreSQL that is asked for news again and again."""
+    asked = defaultdict(set)
+    with server.connect() as connection:
+        for _ in range(40):
+            news = connection.execute(
+                "SELECT pid, query_start FROM pg_stat_activity"
+                " WHERE query LIKE '%max(task_logs.id)%' AND pid <> pg_backend_pid()"
+            )
+            for pid, at in news.fetchall():
+                asked[pid].add(at)
+            connection.rollback()  # what it shows is fixed for a transaction
+            time.sleep(0.05)
+    return max(asked, key=lambda pid: len(asked[pid]))
+
+
+def test_where_the_database_answers_all_but_the_relay_another_worker_tells(
+    deploy, listener, mosquitto, private_postgres, prefix, worker_id
+):
+    postgres = private_postgres()
+    deployment = deploy(mosquitto.port, DATABASE_URL=postgres.url, LEASE_RENEW_S=1, LEASE_TIMEOUT_S=5)
+    schema.upgrade(deployment.app.store.database)
+    relay = deployment.start_worker("--concurrency=1", "-Q", "add")
+    listener.wait_for_change(deployment.task.add.delay(1, 2), "completed")
+    deployment.start_worker("--concurrency=1", "-Q", "add", env={"WORKER_ID": f"{prefix}-other"})
+
+    pid = backend_of_the_relay(postgres.server)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        job = deployment.task.add.delay(3, 4)
+        listener.wait_for_change(job, "completed", 30)
+        assert "the relay has been stuck for 5 s" in relay.log()
+        assert listener.capability(worker_id)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    check_told_as_logged(deployment, listener, job, ["created", "claimed", "started", "completed"])

@@ -54,7 +54,7 @@ def leases_of_its_own() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Puts the clock of who judges others, and of the guard, forward: `clock.pass_s(10)`."""
     clock = Clock()
-    for module in ("reconciler", "lost_messages", "leases", "job", "guard", "upkeep"):
+    for module in ("reconciler", "lost_messages", "leases", "job", "guard", "upkeep", "duty"):
         monkeypatch.setattr(f"tasks.{module}.time", clock)
     return clock
 

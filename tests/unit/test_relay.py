@@ -353,14 +353,15 @@ class TestBroadcast:
         monkeypatch.setattr("tasks.sinks.mqtt.MqttSink.start", lambda self: None)
         monkeypatch.setattr(Broadcast, "_show", lambda self: None)
         monkeypatch.setattr(Broadcast, "_tell", lambda self: None)
-        step = Broadcast(SimpleNamespace(app=producer.app))
+        self.watched = []
+        step = Broadcast(SimpleNamespace(app=producer.app, upkeep=SimpleNamespace(watch=self.watched.append)))
         yield step
         step.stop(None)
 
     def test_where_to_begin_is_fixed_when_it_has_started(self, step, store, first_told):
         enqueue(store, "a")
 
-        step.start(None)
+        step.start(step._worker)
 
         claim(store, "a")
         assert first_told() == [("a", 1), ("a", 2), ("a", 3)]
@@ -371,9 +372,27 @@ class TestBroadcast:
 
         monkeypatch.setattr(store, "begin_relay", fail)
 
-        step.start(None)
+        step.start(step._worker)
 
         assert "events are told later" in caplog.text
+
+    def test_its_duty_is_left_by_another_thread_when_it_is_stuck(self, step, store, clock, monkeypatch):
+        step.start(step._worker)
+        (duty,) = self.watched
+        assert duty.is_held()
+        holders = []
+
+        def be_stuck(_duty):
+            clock.pass_s(16)
+            duty.leave_if_stuck(15.0)
+            holders.append(store.duty_holder("relay"))
+
+        monkeypatch.setattr(step._relay, "_has_begun", False)
+        monkeypatch.setattr(store, "begin_relay", be_stuck)
+
+        step._relay.round()
+
+        assert holders == [None]
 
     def test_it_is_started_before_the_consumer(self):
         """Celery starts the one step that is `last` after all others."""

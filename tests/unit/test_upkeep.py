@@ -119,8 +119,8 @@ def test_who_is_stuck_while_the_database_is_away_leaves_the_duty_when_it_is_back
         with monkeypatch.context() as patch:
             patch.setattr(duty, "leave", away)
             with pytest.raises(DatabaseUnavailable):
-                work.leave_if_stuck(15.0)
-        work.leave_if_stuck(15.0)
+                work.duty.leave_if_stuck(15.0)
+        work.duty.leave_if_stuck(15.0)
         assert app.store.duty_holder("reconciler") is None
         return ROUND_S
 
@@ -134,11 +134,11 @@ def test_who_is_stuck_in_its_housework_loses_the_duty_and_goes_on_without_it(app
 
     def be_stuck():
         assert app.store.duty_holder("reconciler") == app.lease
-        work.leave_if_stuck(15.0)
+        work.duty.leave_if_stuck(15.0)
         assert app.store.duty_holder("reconciler") == app.lease, "not for so long yet"
         clock.pass_s(16)
         for _ in range(2):  # by the upkeep's thread
-            work.leave_if_stuck(15.0)
+            work.duty.leave_if_stuck(15.0)
         assert app.store.take_duty("reconciler", "lease of another", after=None)
         done.append(1)
         return ROUND_S
@@ -169,7 +169,7 @@ def test_who_waits_for_the_next_round_is_not_stuck(app, upkeep, clock, caplog):
     work.round()
 
     clock.pass_s(ROUND_S)
-    work.leave_if_stuck(1.0)  # LEASE_TIMEOUT_S may be as short
+    work.duty.leave_if_stuck(1.0)  # LEASE_TIMEOUT_S may be as short
 
     assert "stuck" not in caplog.text
     assert app.store.duty_holder("reconciler") == app.lease
@@ -194,7 +194,7 @@ def test_who_mends_much_is_not_stuck_while_it_goes_on(app, add, upkeep, clock, m
 
     def close_slowly(*args, **options):
         clock.pass_s(10)
-        upkeep._housework["reconciler"].leave_if_stuck(15.0)
+        upkeep._housework["reconciler"].duty.leave_if_stuck(15.0)
         return close(*args, **options)
 
     monkeypatch.setattr(app.store, "close", close_slowly)
