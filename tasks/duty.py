@@ -48,7 +48,7 @@ class Duty:
 
     @contextmanager
     def round(self) -> Iterator[None]:
-        """What is done in the block may be stuck; who waits for the next round is not, short as LEASE_TIMEOUT_S may be."""
+        """What is done in the block may be stuck; who waits for the next round is not, however long that is."""
         self.goes_on()
         try:
             yield
