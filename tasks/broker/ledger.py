@@ -70,9 +70,7 @@ class CountingLedger:
                 try:
                     counts[queue] = int(channel.queue_declare(queue=queue, passive=True).message_count)
                 except ChannelError:  # there is no such queue: Redis keeps none that is empty
-                    counts[queue] = 0
-                except connection.channel_errors:  # RabbitMQ closes the channel that has asked for it
-                    counts[queue], channel = 0, connection.channel()
+                    counts[queue] = 0  # amqp opens the channel anew that RabbitMQ has closed for it
         return counts
 
 

@@ -14,6 +14,7 @@ from kombu.exceptions import OperationalError
 from db import schema
 from db.records import Status, now
 from tasks.broker.ledger import ledger_of
+from tasks.broker.messages import MessageStore
 from tasks.cli import strays
 from tasks.cli.reconcile import reconcile
 from tasks.errors import CorruptMedia
@@ -82,6 +83,21 @@ def test_a_broker_file_that_was_deleted_is_made_anew_and_filled_from_the_rows(
 
     assert dispatcher.publish_due(10) == 3
     assert publications(producer, "add") == [(job.id, 2) for job in jobs]
+
+
+def test_a_broker_file_that_was_replaced_while_it_was_read_is_read_anew(producer, app, reconciler, add, tmp_path):
+    job = add.delay(1, 1)
+    settled(app, job)
+    assert list(reconciler.lost_messages()) == []
+    app.pool.force_close_all()
+    another = MessageStore(tmp_path / "another.db")
+    another.open()
+    another.close()
+    for path in producer.server_dir.glob("broker.db-*"):
+        path.unlink()
+    (tmp_path / "another.db").rename(producer.server_dir / "broker.db")
+
+    assert [finding.subject for finding in reconciler.lost_messages()] == [job.id]
 
 
 def test_a_job_that_was_claimed_meanwhile_is_not_published_again(producer, app, reconciler, add):
