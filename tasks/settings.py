@@ -273,7 +273,7 @@ class _Reader:
         for part in value.split(";"):
             if (port := _port(part)) is not None and not 1 <= port <= LAST_PORT:
                 raise SettingsError(f"{name} has the port {port}; give one from 1 to {LAST_PORT}")
-        return value
+        return scheme + value[len(scheme) :]  # SQLAlchemy knows no capitals
 
     def topic(self, name: str, default: str) -> str:
         value = self._environment.get(name) or default

@@ -54,6 +54,7 @@ HOME = {"HOME": "/home/user"}
         ("MAX_INPUT_BYTES", "4G", ["4G"]),
         ("CELERY_BROKER_URL", "amqp://u:hunter2@h:99999//", ["99999", "1 to 65535"]),
         ("CELERY_BROKER_URL", "amqp://h1//;amqp://u:hunter2@[::1]:70000//", ["70000", "1 to 65535"]),
+        ("CELERY_BROKER_URL", "amqp://h1//;amqp://h2:70000//", ["70000", "1 to 65535"]),
         ("DATABASE_URL", "postgresql://u:hunter2@h:0/db", ["0", "1 to 65535"]),
         ("DATABASE_URL", "postgresql://u:p@hunter2@h/db", ["more than one @", "%40"]),
         ("DATABASE_URL", "postgresql://u:p@hunter2/@h/db?x=@", ["more than one @", "%40"]),
@@ -136,6 +137,13 @@ def test_what_only_looks_like_a_port_is_let_through(variable, url):
     assert url in (settings.database_url, settings.broker_url)
 
 
+@pytest.mark.parametrize("variable", ["DATABASE_URL", "CELERY_BROKER_URL"])
+def test_a_scheme_may_be_in_capitals_and_its_path_stays_as_it_is(variable):
+    settings = read_settings(HOME | {variable: "SQLite:////Data/Jobs.db"})
+
+    assert "sqlite:////Data/Jobs.db" in (settings.database_url, settings.broker_url)
+
+
 def test_an_empty_variable_is_one_that_is_not_set():
     variables = dict.fromkeys(variables_read(), "")
 
@@ -188,6 +196,12 @@ def test_priority_is_known_to_every_broker(url):
 @pytest.mark.parametrize(("text", "is_on"), [("on", True), ("1", True), ("TRUE", True), ("off", False), ("No", False)])
 def test_a_switch_takes_the_usual_words(text, is_on):
     assert read_settings(HOME | {"MIRROR": text}).mirror is is_on
+
+
+@pytest.mark.parametrize(("is_on", "port"), [("off", 1883), ("on", 8883)])
+def test_the_port_of_mqtt_is_the_usual_one_unless_it_is_given(is_on, port):
+    assert read_settings(HOME | {"MQTT_USE_TLS": is_on}).mqtt_port == port
+    assert read_settings(HOME | {"MQTT_USE_TLS": is_on, "MQTT_PORT": "1884"}).mqtt_port == 1884
 
 
 def test_lists_are_split_and_trimmed():
@@ -316,7 +330,7 @@ def test_a_workers_topic_that_would_be_that_of_events_is_refused_with_both_names
     assert read_settings(own | {"MQTT_TOPIC": "events"}).mqtt_topic == "events"
 
 
-@pytest.mark.parametrize("text", ["from a file", "from a file\n", "from a file\r\n", "from a file\nand a note\n"])
+@pytest.mark.parametrize("text", ["from a file", "from a file\n", "from a file\r\n", "from a file\nand a note\n", "\nfrom a file\n"])
 def test_a_secret_may_stand_in_the_first_line_of_a_file(tmp_path, text):
     (tmp_path / "secret").write_bytes(text.encode())
 
