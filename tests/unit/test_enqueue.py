@@ -214,6 +214,23 @@ def test_a_retry_without_a_row_keeps_the_priority_that_its_message_has(server_di
         assert (first["priority"], retry["priority"]) == (1, 1)
 
 
+def test_a_job_without_a_row_that_a_worker_submits_is_left_as_it_is_to_who_runs_it(server_dir, tmp_path, monkeypatch):
+    """It stands elsewhere, and its own job must not fail for it."""
+    given = ("in.jpg", "out.webp"), {"width": 0}
+    with deployed(server_dir, tmp_path, {"ENQUEUE": "broker"}) as deployment:
+        running = SimpleNamespace(request=SimpleNamespace(id="another"))
+        monkeypatch.setattr(type(deployment.app), "current_worker_task", running)
+
+        assert enqueue.prepared(deployment.app, "image_resize", *given, {"task_id": "a job"}) == given
+
+
+def test_without_the_mirror_arguments_are_not_looked_at(server_dir, tmp_path):
+    with deployed(server_dir, tmp_path, {"MIRROR": "off"}) as deployment:
+        args, kwargs = enqueue.prepared(deployment.app, "image_resize", ("/in.jpg",), {"width": 0}, {"countdown": "x"})
+
+    assert (list(args), kwargs) == (["/in.jpg"], {"width": 0})
+
+
 def test_an_expiry_is_in_the_row_and_the_header_but_not_a_time_to_live(producer, task):
     job = task.add.apply_async((1, 1), expires=60)
 
