@@ -87,7 +87,10 @@ def test_what_a_subscriber_missed_while_it_was_away_is_excused_and_counted(away_
 @pytest.mark.parametrize(("away_s", "claimed_after_s", "is_fault"), [(30, 5, False), (30, 40, True), (10, 40, False)])
 def test_no_claim_in_a_long_outage_of_mqtt_is_a_finding(away_s, claimed_after_s, is_fault):
     audit = audit_of()
-    audit.blows = [Blow("mqtt frozen", BEGIN, until=BEGIN + timedelta(seconds=away_s))]
+    audit.blows = [
+        Blow("mqtt frozen", BEGIN, until=BEGIN + timedelta(seconds=away_s)),
+        Blow("database frozen", BEGIN, until=BEGIN + timedelta(seconds=100)),  # in which nobody can claim
+    ]
     audit.claims = [BEGIN + timedelta(seconds=claimed_after_s)]
 
     said = audit.outages_of_mqtt()
@@ -409,6 +412,19 @@ def test_a_death_that_was_dealt_is_no_finding_and_its_recovery_is_measured(storm
 
     assert findings(audit) == []
     assert [(each.kind, each.seconds) for each in audit.recoveries] == [("child killed", 1.5)]
+
+
+def test_a_recovery_counts_from_the_blow_that_came_while_the_job_ran(storm):
+    storm.retell("image", LOST_ONCE)
+
+    audit = storm.audited(
+        Blow("child killed", storm.at("image", 0.5), "w1"),
+        Blow("worker killed", storm.at("image", 3), "w1"),
+        Blow("child killed", storm.at("image", 4.5), "w1"),
+    )
+
+    assert findings(audit) == []
+    assert [(each.kind, each.seconds) for each in audit.recoveries] == [("worker killed", 2.0)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -204,6 +205,22 @@ def test_the_port_of_mqtt_is_the_usual_one_unless_it_is_given(is_on, port):
     assert read_settings(HOME | {"MQTT_USE_TLS": is_on, "MQTT_PORT": "1884"}).mqtt_port == 1884
 
 
+@pytest.mark.parametrize("text", ["debug", "Debug", "DEBUG"])
+def test_a_level_may_be_written_in_any_case(text):
+    assert read_settings(HOME | {"LOG_LEVEL": text}).log_level == "DEBUG"
+
+
+def test_a_worker_is_called_by_its_host_and_process_unless_it_has_a_name():
+    assert read_settings(HOME).worker_id == f"{socket.gethostname()}-{os.getpid()}"
+    assert read_settings(HOME | {"WORKER_ID": "w" * 180}).worker_id == "w" * 180
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="it has a place of its own")
+def test_the_server_directory_is_the_users_data_directory_unless_it_is_given():
+    assert read_settings(HOME).server_dir == Path("/home/user/.local/share/media-tasks")
+    assert read_settings(HOME | {"XDG_DATA_HOME": "/data"}).server_dir == Path("/data/media-tasks")
+
+
 def test_lists_are_split_and_trimmed():
     settings = read_settings(HOME | {"WORKER_SUPPORTED_TASKS": " a, b ,,c", "MEDIA_ROOTS": f"/a{os.pathsep}/b"})
 
@@ -330,7 +347,9 @@ def test_a_workers_topic_that_would_be_that_of_events_is_refused_with_both_names
     assert read_settings(own | {"MQTT_TOPIC": "events"}).mqtt_topic == "events"
 
 
-@pytest.mark.parametrize("text", ["from a file", "from a file\n", "from a file\r\n", "from a file\nand a note\n", "\nfrom a file\n"])
+@pytest.mark.parametrize(
+    "text", ["from a file", "from a file\n", "from a file\r\n", "from a file\nand a note\n", "\nfrom a file\n"]
+)
 def test_a_secret_may_stand_in_the_first_line_of_a_file(tmp_path, text):
     (tmp_path / "secret").write_bytes(text.encode())
 
