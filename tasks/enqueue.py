@@ -28,7 +28,7 @@ from tasks.errors import InvalidArguments, PermanentError, UnknownQueue, Unknown
 from tasks.job import Job, follows_up
 from tasks.options import check_options, due, expiry, refused
 from tasks.rows import PRIORITIES, PRIORITY_DEFAULT, describe, json_fault, parameters_of, unsent
-from tasks.values import LONGEST_NAME, LONGEST_S, is_name
+from tasks.values import LONGEST_NAME, LONGEST_S, is_name, moment_of
 
 if TYPE_CHECKING:
     from tasks.celery import MediaTasks
@@ -78,6 +78,7 @@ def send(app: "MediaTasks", name: str, args: Any, kwargs: Any, options: dict[str
     if current is not None and current.request.id == task_id:
         if not options.get("routing_key"):  # it replaces itself; a retry goes back to its own queue
             options["queue"] = _queue_of(app, task, name, options.get("queue"))
+        options["expires"] = moment_of(current.request.expires)  # row and message go on saying the same
         publication = _requeue(app, current.request, name, args, kwargs, options)
     else:
         try:

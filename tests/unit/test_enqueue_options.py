@@ -503,6 +503,21 @@ def test_a_soft_time_limit_that_strikes_while_the_next_step_is_sent_comes_after_
     assert (row["status"], row["published_at"], row["parameters"]) == ("queued", None, {"x": 2, "y": 1})
 
 
+@pytest.mark.parametrize("name", ["add", "become_add"])
+def test_a_job_that_queues_itself_again_is_sent_at_once_with_its_expiry(producer, task, add, monkeypatch, caplog, name):
+    monkeypatch.setattr(add, "run", lambda x, y=0: add.retry(args=(x, 1), countdown=0))
+    job = getattr(task, name).apply_async((1,), expires=600)
+    (message,) = messages(producer, name)
+
+    headers = {"expires": message.headers["expires"], "delivery_info": {"exchange": "", "routing_key": name}}
+    run(getattr(task, name), job.id, 1, publication=1, **headers)
+
+    (again,) = messages(producer, "add")
+    assert again.headers["publication"] == 2
+    assert again.headers["expires"] == message.headers["expires"] == producer.row(job)["expires_at"].isoformat()
+    assert "could not be published" not in caplog.text
+
+
 def test_a_soft_time_limit_that_strikes_while_a_body_retries_itself_does_not_end_the_retry(producer, task, failing):
     job = task.become_add.delay(40)
     failing.append(SoftTimeLimitExceeded(1))
