@@ -6,6 +6,8 @@ event for what is in it, for ever, and takes others: it is told again once, and 
 """
 
 import logging
+import math
+import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,16 +24,19 @@ QUOTA_EXCEEDED: Final = 0x97
 # A broker that takes nothing is tried again after so long: its ACL may be mended by then.
 WAIT_S: Final = 60.0
 WAIT_WHERE_SOME_ARE_TAKEN_S: Final = 5.0
+FORGOTTEN_AFTER_S: Final = 600.0
 
 
 class Refusals:
-    """Of one client's events. It says once for each reason that they wait, and that some are passed over."""
+    """Of one client's events. It says once for each reason that they wait, and again if that ended ten minutes ago; and
+    once that some are passed over.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings: Final = settings
         self._before: frozenset[Place] = frozenset()
         self._passed_over: frozenset[Place] = frozenset()
-        self._said: Final[set[int]] = set()
+        self._refused_at: Final[dict[int, float]] = {}
         self._is_passing_over_said = False
 
     def come(self, refused: Mapping[Place, ReasonCode], last_taken: Place) -> float:
@@ -58,9 +63,10 @@ class Refusals:
 
     def warn(self, code: ReasonCode) -> None:
         """A message was refused, perhaps the worker's capability."""
-        if code.value in self._said:
+        before, at = self._refused_at.get(code.value, -math.inf), time.monotonic()
+        self._refused_at[code.value] = at
+        if at - before < FORGOTTEN_AFTER_S:
             return
-        self._said.add(code.value)
         user = "anyone" if self._settings.mqtt_username is None else "the user of MQTT_USERNAME"  # it may be a token
         remedy = (
             f"let {user} write MQTT_TOPIC and below CAPABILITY_TOPIC_PREFIX"

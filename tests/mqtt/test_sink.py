@@ -11,6 +11,7 @@ from tasks.settings import read_settings
 from tasks.sinks.events import Place
 from tasks.sinks.mqtt import WINDOW, MqttSink
 from tests.tooling.waiting import eventually
+from tests.unit.jobs import Clock
 
 EVENT = '{"number": 1}'
 
@@ -161,6 +162,16 @@ def test_no_event_is_passed_over_for_a_quota(try_again, caplog):
     (record,) = caplog.records
     assert "Quota exceeded" in record.getMessage()
     assert "MQTT_TOPIC" not in record.getMessage()
+
+
+def test_a_refusal_is_said_again_when_there_was_none_for_ten_minutes(sink, try_again, caplog, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("tasks.sinks.refusals.time", clock)
+    for wait_s in (0, 400, 400, 700, 400):
+        clock.pass_s(wait_s)
+        try_again(1, {1}, "Not authorized")
+
+    assert len(caplog.records) == 2
 
 
 def test_what_is_passed_over_is_forgotten_when_the_log_is_told_beyond_it(sink, try_again):
