@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, DateTime, Select, func, literal, select, type_coerce
-from sqlalchemy.exc import SQLAlchemyError
 
 from db import schema, statements
 from db.engine import Database
@@ -63,14 +62,15 @@ class Part:
     def _writing(self, *key: str | int | None) -> Iterator[Write]:
         """As `_changing`, for a write that a repeated call (same `key`) has to recognise as its own.
 
-        When a connection is lost at the end of a write, it may be committed or not. Its time is kept until the call is
-        repeated, as `db.engine.patiently` does; the times of a caller who gives up are dropped in the end.
+        When a connection is lost at the end of a write, or a time limit strikes there, it may be committed or not. Its
+        time is kept until the call is repeated, as `db.engine.patiently` does; the times of a caller who gives up are
+        dropped in the end.
         """
         at = now()
         try:
             with self._changing() as connection:
                 yield Write(connection, at, self._unconfirmed.get(key, ()))
-        except SQLAlchemyError:
+        except Exception:
             self._unconfirmed.setdefault(key, set()).add(at)
             if len(self._unconfirmed) > UNCONFIRMED_KEPT:
                 self._unconfirmed.pop(next(iter(self._unconfirmed)), None)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from threading import Thread
 
@@ -273,6 +274,33 @@ def test_a_soft_time_limit_that_strikes_while_the_next_step_waits_for_the_databa
     assert run(add, job.id, 1, 1, publication=1, **{follows: [dict(step)]}) == 2
 
     assert (producer.row(job)["status"], producer.row("next")["status"]) == ("completed", "queued")
+
+
+@pytest.mark.parametrize("follows", ["chain", "callbacks"])
+def test_a_soft_time_limit_that_strikes_as_the_next_step_is_committed_does_not_keep_it_from_being_sent(
+    producer, add, monkeypatch, follows
+):
+    store, job, step = producer.app.store, add.delay(1, 1), add.s(1)
+    step.freeze("next")
+    enqueue, change = store.enqueue, store._changing
+
+    @contextmanager
+    def striking():
+        with change() as connection:
+            yield connection
+        monkeypatch.setattr(store, "_changing", change)
+        raise SoftTimeLimitExceeded(1)
+
+    def enqueue_late(*args, **kwargs):
+        monkeypatch.setattr(store, "enqueue", enqueue)
+        monkeypatch.setattr(store, "_changing", striking)
+        return enqueue(*args, **kwargs)
+
+    monkeypatch.setattr(store, "enqueue", enqueue_late)
+
+    assert run(add, job.id, 1, 1, publication=1, **{follows: [dict(step)]}) == 2
+
+    assert publications(producer, "add") == [(job.id, 1), ("next", 1)]
 
 
 def test_a_job_whose_time_went_by_in_its_own_work_fails(out_of_time):
