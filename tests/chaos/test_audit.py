@@ -282,6 +282,13 @@ WITHOUT_END = ("wrong", "its log has 0 terminal events")
         ),
         ("image", ONCE, {"result_data": {"width": 1}}, [("wrong", "its result is {'width': 1}; it should be {")]),
         ("broken", ONCE, {}, [("wrong", "where InputMissing was planted"), ("lost", "it is completed, and ")]),
+        (
+            "broken",
+            "created claimed started failed",
+            {"error_type": "OSError"},
+            [("wrong", "it is failed, OSError, where InputMissing was planted")],
+        ),
+        ("image", "created failed", {"error_type": "DiskFull"}, [("lost", "it failed: DiskFull")]),
         ("retry", ONCE, {}, [("duplicated", "attempts that started: 1; its body ran 2 times")]),
         ("retry", RETRIED, {"result_data": 1}, [("wrong", "its result is 1; it ran 2 times, and 0 attempts died")]),
         ("retry", RETRIED, {"result_data": 3}, [("wrong", "its result is 3; it ran 2 times, and 0 attempts died")]),
@@ -391,6 +398,22 @@ def test_the_body_of_an_abandoned_chord_may_not_run_twice_either(storm, monkeypa
     assert_found(storm.audited(), *expected, name="body", storm=storm)
 
 
+def test_what_becomes_of_an_abandoned_chord_is_nobodys_loss(storm, monkeypatch):
+    monkeypatch.setattr(storm.jobs["body"], "is_abandoned", True)
+    storm.retell("body", "created failed", error_type="OSError")
+    storm.jobs["body"].notes.unlink()
+
+    assert findings(storm.audited()) == []
+
+
+def test_a_job_that_ran_half_a_second_before_its_time_is_wrong(storm):
+    storm.retell("later", ONCE, created_at=storm.at("later", 1.5))
+
+    assert_found(
+        storm.audited(), ("wrong", "it ran 0.50 s after its creation, before its time"), name="later", storm=storm
+    )
+
+
 def test_a_temp_file_is_found_wherever_it_was_left(storm):
     left = storm.roots[0] / ".media-tasks-0.1-i.webp"
     left.write_bytes(b"half")
@@ -429,8 +452,13 @@ def test_a_recovery_counts_from_the_blow_that_came_while_the_job_ran(storm):
 
 @pytest.mark.parametrize(
     ("kind", "worker", "after_s"),
-    [("child killed", "w2", 3.5), ("child stopped", "w1", 3.5), ("child killed", "w1", 60)],
-    ids=["another worker", "no death", "later"],
+    [
+        ("child killed", "w2", 3.5),
+        ("child stopped", "w1", 3.5),
+        ("child killed", "w1", 60),
+        ("child killed", "w1", -60),
+    ],
+    ids=["another worker", "no death", "later", "earlier"],
 )
 def test_another_blow_does_not_explain_a_death(storm, kind, worker, after_s):
     storm.retell("image", LOST_ONCE)

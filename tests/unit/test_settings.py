@@ -359,6 +359,14 @@ def test_a_secret_may_stand_in_the_first_line_of_a_file(tmp_path, text):
     assert "from a file" not in repr(settings)
 
 
+def test_a_secrets_file_that_is_no_text_is_said_without_its_content(tmp_path):
+    (tmp_path / "secret").write_bytes(b"hunter2\xff")
+
+    said = unusable(MQTT_PASSWORD_FILE=str(tmp_path / "secret"))
+
+    assert said == f"MQTT_PASSWORD_FILE='{tmp_path}/secret' can't be read: it is no text"
+
+
 def test_a_secrets_file_that_can_not_be_read_stops_nothing_but_mqtt(tmp_path):
     from tasks.sinks.client import new_client
 
