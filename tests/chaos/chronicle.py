@@ -76,7 +76,7 @@ def _attempt(told: Chronicle, event: str, log: Mapping[str, Any]) -> None:
         if told.attempts and number <= told.attempts[-1].number:
             told.faults.append(f"attempt {number} follows attempt {told.attempts[-1].number}")
         told.attempts.append(Attempt(number, log["worker_id"], log["created_at"]))
-    elif told.attempts and not told.attempts[-1].end and event not in ("started", "republished"):
+    elif told.attempts and not told.attempts[-1].end and event != "started":
         last = told.attempts[-1]
         told.attempts[-1] = Attempt(last.number, last.worker, last.claimed_at, log["created_at"], event)
 

@@ -13,7 +13,7 @@ from sqlalchemy import delete, insert, select, update
 
 from db.models import task_logs, task_queue
 from tests.acceptance.deployment import deployed
-from tests.chaos import servers
+from tests.chaos import chronicle, servers
 from tests.chaos.audit import Audit
 from tests.chaos.chronicle import MOVES
 from tests.chaos.crew import Blow
@@ -108,6 +108,44 @@ def test_a_storm_that_killed_less_than_planned_is_a_finding(dealt, is_fault):
     audit.kills(3)
 
     assert findings(audit) == ([("wrong", "3 kill -9 were planned, 2 were dealt")] if is_fault else [])
+
+
+# The story that a log must be
+
+
+def told_of(events, *attempts, **row):
+    """A chronicle of these events, whose claims have these attempts, beside a row that says `row`."""
+    numbers = iter(attempts)
+    logs = [
+        {"sequence": number, "event_type": event, "worker_id": "w1", "created_at": BEGIN}
+        | {"details": {"attempt": next(numbers)} if event == "claimed" else None}
+        for number, event in enumerate(events.split(), 1)
+    ]
+    own = {"sequence": len(logs), "status": MOVES[logs[-1]["event_type"]][1], "attempt": attempts[-1]}
+    return chronicle.read({**own, "deaths": 0, "retry_count": 0, **row}, logs)
+
+
+def test_deaths_and_retries_count_since_the_last_replay():
+    events = "created claimed started lost republished claimed started retry claimed started failed"
+
+    told = told_of(f"{events} replayed claimed started completed", 1, 3, 4, 5)
+
+    assert told.faults == []
+    assert [attempt.end for attempt in told.attempts] == ["lost", "retry", "failed", "completed"]
+
+
+@pytest.mark.parametrize(
+    ("events", "attempts", "fault"),
+    [
+        ("created claimed started lost claimed started completed", (3, 1), "attempt 1 follows attempt 3"),
+        ("created claimed started completed failed", (1,), "event 5, failed, comes while it is completed"),
+        ("created claimed started failed cancelled", (1,), "event 5, cancelled, comes while it is failed"),
+        ("created claimed started completed replayed", (1,), "event 5, replayed, comes while it is completed"),
+        ("created claimed completed", (1,), "event 3, completed, comes while it is claimed"),
+    ],
+)
+def test_what_no_job_can_have_done_is_a_fault(events, attempts, fault):
+    assert fault in told_of(events, *attempts).faults
 
 
 # What became of jobs
