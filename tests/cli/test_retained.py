@@ -8,10 +8,12 @@ import subprocess
 import sys
 from contextlib import closing
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from db.records import now
+from tasks.cli import retained
 from tasks.cli.reconcile import reconcile
 from tasks.sinks import topics
 from tests.cli.conftest import REPOSITORY
@@ -108,6 +110,31 @@ def test_a_live_worker_that_is_not_shown_is_said_once_it_has_had_the_time(tools)
         "edge-1": "worker edge-1 is alive and not shown; if it tells this MQTT broker, "
         "it is shown again within 30 s (MQTT_HEARTBEAT_INTERVAL)"
     }
+
+
+@pytest.mark.parametrize(
+    ("topics_held", "before", "after"),
+    [
+        (["p/w"], None, "alive"),
+        (["p/w"], "alive", None),
+        (["p/w"], "alive", "dead"),
+        ([], "alive", "settled"),
+        ([], None, "settled"),
+        ([], "settled", "dead"),
+    ],
+)
+def test_a_worker_that_comes_or_goes_while_one_looks_is_no_disagreement(monkeypatch, topics_held, before, after):
+    def known(state):
+        is_alive = state != "dead"
+        own = {"status": "idle", "is_dead": not is_alive, "is_alive": is_alive, "is_settled": state == "settled"}
+        return {"p/w": retained.Known(worker_id="w", heard_at=now(), **own)} if state else {}
+
+    looks = iter([known(before), known(after)])
+    monkeypatch.setattr(retained, "_known", lambda _app: next(looks))
+    monkeypatch.setattr(retained, "_retained", lambda _app: topics_held)
+    app = SimpleNamespace(settings=SimpleNamespace(broadcast_type="mqtt", mqtt_heartbeat_interval_s=30.0))
+
+    assert list(retained.retained_doubts(app)) == []
 
 
 def test_a_worker_whose_lock_is_let_go_is_not_alive_however_late_it_was_heard_of(tools):

@@ -179,6 +179,17 @@ def test_a_commit_writes_the_job_with_the_callers_own_rows_and_a_worker_sends_it
     assert run(host.task.add, job.id, 1, 2, publication=1) == 3
 
 
+def test_a_job_whose_result_nobody_wants_says_so_as_by_delay(producer):
+    quiet = producer.task.quiet
+    by_delay = quiet.delay(1)
+    with closing(sqlite3.connect(producer.app.store.database.path)) as connection, connection:
+        by_task = outbox.enqueue(connection, quiet, 2)
+        wanted = outbox.enqueue(connection, quiet, 3, options={"ignore_result": False})
+
+    jobs = (by_delay, by_task, wanted)
+    assert [producer.row(job)["message"]["options"]["ignore_result"] for job in jobs] == [True, True, False]
+
+
 def test_others_may_write_between_the_callers_begin_and_the_job(producer):
     """A transaction that has read can't write any more once somebody else has written: SQLite does not wait there."""
     path = producer.app.store.database.path
