@@ -2,6 +2,8 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from datetime import timedelta
 
@@ -188,6 +190,24 @@ def test_a_job_whose_result_nobody_wants_says_so_as_by_delay(producer):
 
     jobs = (by_delay, by_task, wanted)
     assert [producer.row(job)["message"]["options"]["ignore_result"] for job in jobs] == [True, True, False]
+
+
+ENQUEUE = """
+import sqlite3, sys
+from tasks.outbox import enqueue
+with sqlite3.connect(sys.argv[1]) as connection:
+    print(enqueue(connection, "image_resize", "/in.jpg", "/out.webp", width=80).id)
+connection.close()
+"""
+
+
+def test_a_process_that_knows_no_task_yet_writes_a_job_by_its_name(producer):
+    producer.app.store.counts()  # makes the tables
+    command = [sys.executable, "-c", ENQUEUE, str(producer.app.store.database.path)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert producer.row(done.stdout.strip())["parameters"] == {"input": "/in.jpg", "output": "/out.webp", "width": 80}
 
 
 def test_others_may_write_between_the_callers_begin_and_the_job(producer):
