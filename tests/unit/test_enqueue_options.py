@@ -2,10 +2,13 @@
 
 import time
 from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from amqp.exceptions import InternalError, NotAllowed, NotFound
 from celery import chain, chord, group
+from celery.app.task import Context
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.exceptions import TimeoutError as ResultTimeout
 from kombu.exceptions import OperationalError
@@ -448,6 +451,35 @@ def test_a_job_that_a_worker_submits_rests_when_the_broker_refuses_it(producer, 
     assert (row["status"], row["published_at"], row["publication"]) == ("queued", None, 2)
     assert producer.row(outer)["status"] == "completed"
     assert (row["parent_id"], row["root_id"]) == (outer.id, outer.id)
+
+
+def test_a_job_that_was_sent_although_its_publish_failed_has_failed_too(producer, add):
+    """Its caller is told of an error, and submits it again."""
+
+    def send_and_fail(*_args, **_options):
+        claim(producer.app.store, new_job("a"))
+        raise OperationalError("the answer was lost")
+
+    producer.app.amqp.__dict__["send_task_message"] = send_and_fail
+
+    with pytest.raises(OperationalError, match="the answer was lost"):
+        add.apply_async((1, 1), task_id="a")
+
+    assert producer.row("a")["status"] == "failed"
+
+
+def test_a_job_that_a_worker_submits_again_is_replayed_only_if_it_was_never_sent(producer, add, monkeypatch):
+    for job_id, was_sent in (("sent", True), ("unsent", False)):
+        unknown = partial(new_job, job_id)
+        failure = describe(ValueError("no"))
+        assert producer.app.store.end(job_id, Status.FAILED, failure, unknown=unknown, was_sent=was_sent)
+    running = SimpleNamespace(request=Context(id="another", root_id="another"))
+    monkeypatch.setattr(type(producer.app), "current_worker_task", running)
+
+    for job_id in ("sent", "unsent"):
+        add.apply_async((1, 1), task_id=job_id)
+
+    assert [producer.row(job_id)["status"] for job_id in ("sent", "unsent")] == ["failed", "queued"]
 
 
 def test_what_rests_since_the_broker_refused_it_is_logged(producer, task, refusing, caplog):

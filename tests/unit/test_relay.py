@@ -394,6 +394,27 @@ class TestBroadcast:
 
         assert holders == [None]
 
+    def test_what_was_written_until_it_stops_is_told_and_confirmed_before_the_duty_is_left(self, step, monkeypatch):
+        step.start(step._worker)
+        calls, confirmed_later = [], [1, 1, 0]
+
+        class Confirming:
+            is_open = True
+
+            @property
+            def unconfirmed(self):
+                calls.append("looks")
+                return confirmed_later.pop(0)
+
+        relay = SimpleNamespace(round=lambda: calls.append("tells"), leave=lambda: calls.append("leaves"))
+        with monkeypatch.context() as patch:
+            patch.setattr(step, "_relay", relay)
+            patch.setattr(step, "_sink", Confirming())
+
+            step._tell_the_rest()
+
+        assert calls == ["tells", "looks", "looks", "looks", "leaves"]
+
     def test_it_is_started_before_the_consumer(self):
         """Celery starts the one step that is `last` after all others."""
         assert Consumer.last
