@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from celery import Celery, chain, chord, group
+from kombu import Queue
 from kombu.exceptions import OperationalError
 
 from db import schema
@@ -14,7 +15,7 @@ from db.errors import DatabaseUnavailable
 from tasks import enqueue
 from tasks.errors import InvalidArguments, PathNotAllowed, UnknownQueue, UnknownTask
 from tests.acceptance.deployment import deployed
-from tests.unit.jobs import messages, run
+from tests.unit.jobs import beat_of, messages, publications, run
 
 # Row, then broker
 
@@ -363,3 +364,19 @@ def test_unknown_names_are_refused_with_the_nearest_known(producer, task):
         producer.app.send_task("xyzzy")
 
     assert producer.app.store.jobs() == []
+
+
+def test_a_queue_that_celerys_own_settings_name_is_known(producer, task):
+    producer.app.conf.task_queues = [Queue("extra")]
+
+    job = task.add.apply_async((1, 1), queue="extra")
+
+    assert publications(producer, "extra") == [(job.id, 1)]
+
+
+def test_a_task_that_is_unknown_here_goes_to_a_queue_that_a_live_worker_serves(producer):
+    producer.app.store.heartbeat(beat_of("w1", capabilities=["theirs"]))
+
+    job = producer.app.send_task("their.task", (1,), queue="theirs")
+
+    assert publications(producer, "theirs") == [(job.id, 1)]

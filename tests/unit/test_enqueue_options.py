@@ -346,6 +346,8 @@ def test_without_a_key_a_unique_job_is_known_by_its_task_and_arguments(producer,
 
     assert add.apply_async((1, 1), unique_for=60).id == first.id
     assert add.apply_async((1, 2), unique_for=60).id != first.id
+    by_name = add.apply_async(kwargs={"x": 1, "y": 2}, unique_for=60)
+    assert add.apply_async(kwargs={"y": 2, "x": 1}, unique_for=60).id == by_name.id
     assert producer.row(first)["unique_key"].startswith("add:")
 
 
@@ -385,12 +387,26 @@ def test_a_key_is_free_again_when_its_time_is_over(producer, add):
         lambda step, unique: chain(step, step, unique)(),
         lambda step, unique: group(unique, step)(),
         lambda step, unique: chord([unique, step], step)(),
+        lambda step, unique: chain(step, chord([unique, step], step))(),
+        lambda step, unique: chain(step, chord([step, step], unique))(),
         lambda step, unique: chord([step, step], unique)(),
         lambda step, unique: chain(step, group(step, unique))(),
         lambda step, unique: step.apply_async(link=unique),
         lambda step, unique: step.apply_async(link_error=[unique]),
     ],
-    ids=["first", "second", "third", "group", "header", "body", "nested", "link", "link_error"],
+    ids=[
+        "first",
+        "second",
+        "third",
+        "group",
+        "header",
+        "nested header",
+        "nested body",
+        "body",
+        "nested",
+        "link",
+        "link_error",
+    ],
 )
 @pytest.mark.parametrize("option", [{"unique_key": "k"}, {"unique_for": 60}], ids=["key", "for"])
 def test_a_step_of_a_canvas_can_not_be_unique_and_nothing_is_written(producer, add, submit, option):
