@@ -217,6 +217,18 @@ def test_a_disagreement_that_has_gone_before_it_is_mended_is_not_mentioned(app, 
     assert reconciled(app) == ["nothing to mend"]
 
 
+def test_what_could_not_be_mended_ends_the_command_with_code_1(app, monkeypatch):
+    def fail():
+        raise OperationalError("the broker is away")
+
+    monkeypatch.setattr(Reconciler, "findings", lambda _self: iter([Finding("lost messages", "a job", "again", fail)]))
+
+    done = CliRunner().invoke(reconcile, obj=SimpleNamespace(app=app, no_color=False))
+
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (1, "1 not mended")
+    assert done.stderr == "Error: a job: OperationalError: the broker is away\n"
+
+
 @pytest.mark.parametrize("is_reserved", [True, False])
 def test_a_message_that_a_worker_has_reserved_is_not_missed(app, add, monkeypatch, is_reserved):
     job = add.delay(1, 1)
