@@ -6,7 +6,7 @@ PYTEST = .venv/bin/python -m pytest --numprocesses=2 --dist=worksteal
 RELOCK = .venv/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 
-.PHONY: help .venv demo test lint slow mqtt storm conformance chaos bench lock clean
+.PHONY: help .venv demo test lint slow mqtt conformance chaos bench lock clean
 
 help: ## Show this list
 	@grep -E '^[.a-z]+:.* ## ' Makefile | sed -E 's/:.* ## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -21,7 +21,7 @@ demo: .venv/.runtime ## Resize and convert a folder of images and show it: make 
 	@.venv/bin/python examples/demo.py $${DEMO_INPUT:+--input "$$DEMO_INPUT"}
 
 test: .venv/.dev ## Run the tests but the slow ones; pytest's own arguments in ARGS: make test ARGS="-k broker"
-	@$(PYTEST) -m "not slow and not storm" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/.dev ## Check style, types and the direction of imports
 	@.venv/bin/ruff check --quiet .
@@ -35,13 +35,10 @@ slow: .venv/.dev ## Run the slow tests: workers that are killed and stopped in e
 mqtt: .venv/.dev ## Run the slow tests against real Mosquittos: wills, outages, TLS, long runs
 	@$(PYTEST) -m slow tests/mqtt $(ARGS)
 
-storm: .venv/.dev ## Run the short storms over RabbitMQ and Redis; `make test` has the one over the embedded broker
-	@.venv/bin/python -m pytest -m storm $(ARGS)
-
 conformance: .venv/.dev ## Run kombu's own transport conformance classes on the embedded broker
 	@.ci/conformance.sh
 
-chaos: .venv/.dev ## Kill, stop and starve workers and servers, and count what is lost: make chaos ARGS="redis --seed 7"
+chaos: .venv/.dev ## Kill, stop and starve workers and servers for long, and count what is lost: make chaos ARGS="redis --seed 7"
 	@.venv/bin/python -m tests.chaos $(ARGS)
 
 bench: .venv/.dev ## Measure, side by side with other ways to do the same; arguments in ARGS

@@ -115,6 +115,7 @@ def test_other_pools_run_jobs_and_record_them(own, task, tmp_path, pool):
     assert worker.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_locked_database_delays_claims_and_completions_and_fails_none(own, task, tmp_path):
     worker = own.start_worker("--concurrency=2")
     running = task.note.delay(str(tmp_path / "running"), "running", 1.0)
@@ -135,6 +136,7 @@ def test_a_locked_database_delays_claims_and_completions_and_fails_none(own, tas
     assert "the job database does not answer" in worker.log()
 
 
+@pytest.mark.slow
 def test_a_locked_database_does_not_break_a_chain(own, task, tmp_path):
     own.start_worker("--concurrency=2")
     steps = (task.note.s(str(tmp_path / "runs"), "first", 0.5) | task.note_parts.s(str(tmp_path / "body")))()

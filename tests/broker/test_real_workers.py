@@ -13,6 +13,8 @@ import pytest
 from tests.broker.small_app import make_app
 from tests.tooling.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 APP = "tests.broker.small_app"
 POLL_S = 1.0  # the default
 
