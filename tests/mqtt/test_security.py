@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tasks.sinks.mqtt import WAIT_WHEN_REFUSED_S
+from tasks.sinks.refusals import WAIT_S
 from tests.mqtt.certificates import openssl, tls_lines
 from tests.mqtt.jobs import check_none_was_blocked, run_jobs
 from tests.mqtt.said import debug_log, one_warning, warnings
@@ -147,7 +147,7 @@ def test_the_events_that_nobody_may_tell_are_told_when_the_acl_is_mended(
     change_acl(f"user worker\ntopic readwrite {prefix}/#\n")
 
     for job in jobs:
-        listener.wait_for_change(job, "completed", WAIT_WHEN_REFUSED_S + 10)
+        listener.wait_for_change(job, "completed", WAIT_S + 10)
         assert [change["sequence"] for change in listener.changes(job)] == [1, 2, 3, 4]
     assert len(warnings(worker)) == 1
 

@@ -176,7 +176,7 @@ def test_it_ends_in_time_while_the_broker_is_frozen(tools_for, private_mosquitto
     broker.pause()
     watching.wait(30)
 
-    assert time.monotonic() - started < 13.5
+    assert time.monotonic() - started < 15.0, "it waits for an answer after its time"
 
 
 def test_an_id_that_a_shell_would_read_otherwise_is_quoted(tools, watch):

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCKS = ("requirements/runtime.txt", "requirements/dev.txt")
 MAKE_TARGETS = (
-    *("help", ".venv", "demo", "test", "lint", "slow", "mqtt", "storm"),
+    *("help", ".venv", "demo", "test", "lint", "slow", "mqtt"),
     *("conformance", "chaos", "bench", "lock", "clean"),
 )
 # Split here and there, so that this file does not hold what it looks for.
